@@ -1,0 +1,16 @@
+"""mlakit: Multi-head Latent Attention for any checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Verbs load on first use (PEP 562), so that ``import mlakit`` stays cheap."""
+    from mlakit import api
+
+    if name in api.__all__:
+        return getattr(api, name)
+    raise AttributeError(f"module 'mlakit' has no attribute {name!r}")
