@@ -1,37 +1,38 @@
-"""Errors a user may see: what happened, where, why, and what to try."""
-
-from __future__ import annotations
+"""The errors that mlakit raises on purpose, each with the exit code the command line returns."""
 
 
 class MlakitError(Exception):
-    """A failure with one clear message.
+    """A failure the user can act on.
 
     Args:
-        message: what happened, where and why.
-        remedy: what to try; shown on its own line.
+        message: What failed, where and why.
+        remedy: What to do about it; printed on a line of its own.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
-        super().__init__(f"{message}\nTry: {remedy}" if remedy else message)
+        super().__init__(message)
         self.message = message
         self.remedy = remedy
 
+    def __str__(self) -> str:
+        return f"{self.message}\nRemedy: {self.remedy}" if self.remedy else self.message
+
 
 class UsageError(MlakitError):
-    """The request itself is impossible or contradictory."""
+    """The options or arguments given make no sense together."""
 
     exit_code = 2
 
 
 class UnsupportedModelError(MlakitError):
-    """The checkpoint has a structure that mlakit does not convert; nothing was written."""
+    """The checkpoint is of a kind that mlakit cannot convert."""
 
     exit_code = 3
 
 
 class VerificationError(MlakitError):
-    """The result was written but falls below the threshold that was asked for."""
+    """The converted model does not do what it was promised to do."""
 
     exit_code = 4
