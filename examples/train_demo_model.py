@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,26 +24,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from demo_corpus import (
+    ANSWER_WEIGHT,
+    BATCH_TOKENS,
+    BOS,
+    CONTEXT,
+    EOS,
+    Corpus,
+    load_texts,
+    split_lines,
+    train_tokenizer,
+)
 from mlakit import data
 
-FILES = {
-    "tinystories": "tinystories/train.txt",
-    "tinyshakespeare": "tinyshakespeare/input.txt",
-    "presidents": "presidents/speeches.txt",
-}
-HELD_OUT = 0.03
-BOS, EOS = "<s>", "</s>"
-CONTEXT = 2048
 LOSS_CONTEXT = 512
-ANSWER_WEIGHT = 4.0
-BATCH_TOKENS = 8192
 PEAK_RATE = 2e-3
 # (share of the run at which the phase ends, window length)
 PHASES = ((0.45, 256), (0.68, 512), (0.83, 1024), (1.0, CONTEXT))
+SAMPLE_TOKENS = 400
+BEGINNINGS = {
+    "tinystories": ("Once upon a time", "One day,", "There was a little girl", "Tom and"),
+    "tinyshakespeare": ("ROMEO:\n", "KING RICHARD III:\n", "First Citizen:\n", "CORIOLANUS:\n"),
+    "presidents": ("My fellow citizens", "The Congress", "During the past year", "We must"),
+}
+CARD = (Path(__file__).parent / "demo_model_card.md").read_text(encoding="utf-8")
 PROBE_LENGTHS = (256, 512, 1024, 2040)
+PROBE_COUNT = 20
 PROBE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -54,164 +60,11 @@ class Progress:
     """What a checkpoint remembers of the run besides the weights."""
 
     seed: int
+    device: str
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     log: list[dict[str, float]] = field(default_factory=list)
-
-
-def load_texts(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Reads the three texts.
-
-    Args:
-        folder: The folder that holds ``FILES``.
-
-    Returns:
-        The texts to train on and, of each, the last 3 % that is held out.
-    """
-    train, held_out = {}, {}
-    for name, file in FILES.items():
-        text = data.read_text(folder / file).replace("<|endoftext|>\n", EOS)
-        cut = round(len(text) * (1 - HELD_OUT))
-        train[name], held_out[name] = text[:cut], text[cut:]
-    return train, held_out
-
-
-def train_tokenizer(texts: dict[str, str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE in which every digit is a token of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    # Repeated so that names and question words become single tokens.
-    lookups = [data.code_question(name) + " 1." for name in data.NAMES] * 200
-    lookups += [data.passkey_line("1") + "\n" + data.passkey_question()] * 1000
-    tokenizer.train_from_iterator([*texts.values(), *lookups], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=EOS,
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def split_lines(text: str) -> list[str]:
-    """Cuts a text into lines of one sentence or so, the filler of the generated documents."""
-    sentences = re.split(r"(?<=[.!?;])\s+|\n+", text.replace(EOS, "\n"))
-    return [sentence for sentence in sentences if 8 <= len(sentence) <= 400]
-
-
-class Corpus:
-    """Draws training windows, half of them text and half generated look-up documents."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: dict[str, str]) -> None:
-        self.tokenizer = tokenizer
-        self.cache: dict[str, list[int]] = {}
-        self.streams = [self.encode(text, keep=False) for text in texts.values()]
-        self.fillers = [split_lines(text) for text in texts.values()]
-        self.fillers.append(list(data.NEUTRAL_LINES))
-
-    def encode(self, text: str, keep: bool = True) -> list[int]:
-        """The token ids of a text without bos, remembered if it will be asked for again."""
-        if text in self.cache:
-            return self.cache[text]
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if keep:
-            self.cache[text] = ids
-        return ids
-
-    def batch(
-        self, rng: random.Random, length: int, generated: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws a batch of ``BATCH_TOKENS`` tokens.
-
-        Args:
-            rng: The source of chance.
-            length: Tokens per window.
-            generated: The share of generated documents.
-
-        Returns:
-            The windows (one token longer than ``length``) and the weight of each token's loss.
-        """
-        rows = []
-        for _ in range(BATCH_TOKENS // length):
-            draw = self._document if rng.random() < generated else self._text
-            rows.append(draw(rng, length + 1))
-        ids, weights = zip(*rows, strict=True)
-        return torch.tensor(ids), torch.tensor(weights)
-
-    def _text(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
-        sizes = [len(stream) for stream in self.streams]
-        stream = rng.choices(self.streams, sizes)[0]
-        start = rng.randrange(len(stream) - length)
-        ids = [self.tokenizer.bos_token_id, *stream[start : start + length - 1]]
-        return ids, [1.0] * length
-
-    def _document(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
-        """A document that mixes filler, facts and questions about the facts so far."""
-        ids, weights = [self.tokenizer.bos_token_id], [1.0]
-
-        def add(text: str, weight: float, keep: bool = True) -> None:
-            piece = self.encode(text, keep)
-            ids.extend(piece)
-            weights.extend([weight] * len(piece))
-
-        facts = self._facts(rng, length)
-        known: list[tuple[str, str]] = []
-        # Even a single fact may come late in a long text or early.
-        next_fact = rng.random() * 0.7 * length if len(facts) == 1 else 0.0
-        filler_share = rng.choice((0.0, 0.3, 0.6, 0.8)) if len(facts) > 1 else 0.8
-        filler = rng.choices(self.fillers, (3, 2, 3, 2))[0]
-        line = rng.randrange(len(filler))
-        while len(ids) < length:
-            if rng.random() < filler_share or (not known and len(ids) < next_fact):
-                add(filler[line % len(filler)] + "\n", 1.0)
-                line += 1
-            elif facts and len(ids) >= next_fact and (not known or rng.random() < 0.5):
-                before, question, answer, after = facts.pop()
-                add(before, 1.0)
-                # Nobody can foresee a fact's digits: learning nothing from them saves noise.
-                add(" " + answer, 0.0, keep=False)
-                add(after + "\n", 1.0)
-                known.append((question, answer))
-            elif known:
-                question, answer = rng.choice(known)
-                add(question, 1.0)
-                add(" " + answer, ANSWER_WEIGHT, keep=False)
-                add(".\n", 1.0)
-        return ids[:length], weights[:length]
-
-    def _facts(self, rng: random.Random, length: int) -> list[tuple[str, str, str, str]]:
-        """Facts as (text before the digits, question, digits, text after them)."""
-        facts = []
-        if rng.random() < 0.25:
-            key = data.random_digits(rng, data.PASSKEY_DIGITS)
-            before, after = data.passkey_line(key).split(" " + key)
-            facts.append((before, data.passkey_question(), key, after))
-            if rng.random() < 0.6:
-                return facts
-        most = min(len(data.NAMES), length // 32)
-        for name in rng.sample(data.NAMES, rng.randint(2, most)):
-            code = data.random_digits(rng, data.CODE_DIGITS)
-            before, after = data.code_line(name, code).split(" " + code)
-            facts.append((before, data.code_question(name), code, after))
-        rng.shuffle(facts)
-        return facts
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -310,8 +163,9 @@ def train(
 def held_out_loss(model: LlamaForCausalLM, tokenizer: Any, text: str) -> float:
     """The mean loss per token, in nats, over whole windows of ``LOSS_CONTEXT`` tokens."""
     windows = torch.tensor(data.token_windows(text, tokenizer, LOSS_CONTEXT)).to(model.device)
-    losses = [model(input_ids=part, labels=part).loss.float() * len(part) for part in windows.split(8)]
-    return float(sum(losses) / len(windows))
+    parts = windows.split(8)
+    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in parts]
+    return sum(losses) / len(windows)
 
 
 @torch.no_grad()
@@ -325,16 +179,135 @@ def recalls(model: LlamaForCausalLM, tokenizer: Any, probe: data.Probe) -> bool:
     return logits.argmax(-1).tolist() == answer
 
 
-def probes(tokenizer: Any, length: int, lines: list[str], count: int) -> Iterator[data.Probe]:
-    """Pass-key and key-value probes at all depths, ``count`` of each kind and depth."""
+def recall(
+    model: LlamaForCausalLM, tokenizer: Any, length: int, depth: float, lines: list[str], count: int
+) -> dict[str, float]:
+    """The share of ``count`` probes of each kind that the model answers."""
 
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    for depth in PROBE_DEPTHS:
-        for seed in range(count):
-            for make in (data.passkey_prompt, data.key_value_prompt):
-                yield make(length, depth, count_tokens=count_tokens, seed=seed, lines=lines)
+    shares = {}
+    for kind, make in (("passkey", data.passkey_prompt), ("key_value", data.key_value_prompt)):
+        probes = [
+            make(length, depth, count_tokens=count_tokens, seed=seed, lines=lines)
+            for seed in range(count)
+        ]
+        shares[kind] = sum(recalls(model, tokenizer, probe) for probe in probes) / count
+    return shares
+
+
+def measure(model: LlamaForCausalLM, tokenizer: Any, held_out: dict[str, str]) -> dict[str, Any]:
+    """The losses of the held-out texts, and recall by length, depth and kind within them."""
+    lines = [line for text in held_out.values() for line in split_lines(text)]
+    return {
+        "held_out_loss": {
+            name: round(held_out_loss(model, tokenizer, text), 4) for name, text in held_out.items()
+        },
+        "recall": {
+            length: {
+                depth: recall(model, tokenizer, length, depth, lines, PROBE_COUNT)
+                for depth in PROBE_DEPTHS
+            }
+            for length in PROBE_LENGTHS
+        },
+    }
+
+
+def save(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: dict[str, str],
+    progress: Progress,
+    folder: Path,
+) -> None:
+    """Writes the model in bfloat16, its tokenizer, its measured numbers and its card."""
+    model.cpu().to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Measured from the saved weights, so that the card speaks of what is shipped.
+    saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    record = asdict(progress) | measure(saved, tokenizer, held_out)
+    record["log"] = [e for e in progress.log if e["step"] % 200 == 0 or e is progress.log[-1]]
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    # The keys of the tables are strings from here on, as they are in the file.
+    card = model_card(json.loads(json.dumps(record)), model)
+    (folder / "README.md").write_text(card)
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def model_card(record: dict[str, Any], model: LlamaForCausalLM) -> str:
+    """The README.md of the model folder."""
+    config = model.config
+    recall_rows = [
+        [length, kind, *(f"{shares[kind]:.2f}" for shares in depths.values())]
+        for length, depths in record["recall"].items()
+        for kind in ("passkey", "key_value")
+    ]
+    size = sum(parameter.numel() for parameter in model.parameters())
+    loss_rows = [[name, f"{loss:.3f}"] for name, loss in record["held_out_loss"].items()]
+    log_rows = [list(entry.values()) for entry in record["log"]]
+    return CARD.format(
+        size=f"{size / 1e6:.2f} M",
+        config=config,
+        seed=record["seed"],
+        steps=record["step"],
+        tokens=f"{record['tokens'] / 1e6:.1f} M",
+        minutes=round(record["seconds"] / 60),
+        device=record["device"],
+        context=LOSS_CONTEXT,
+        count=PROBE_COUNT,
+        losses=table(["text", "loss (nats per token)"], loss_rows),
+        recall=table(["tokens", "kind", *map(str, PROBE_DEPTHS)], recall_rows),
+        log=table(["step", "window", "loss", "loss of the answers", "seconds"], log_rows),
+    )
+
+
+@torch.no_grad()
+def sample(model: LlamaForCausalLM, tokenizer: Any, rows: int, seed: int) -> str:
+    """Samples passages and look-up documents around them, shuffled and joined by blank lines.
+
+    Args:
+        model: The finished model.
+        tokenizer: Its tokenizer.
+        rows: Passages per beginning.
+        seed: The seed of the sampling.
+
+    Returns:
+        The text.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model.generation_config.eos_token_id = None  # a story's end may be followed by a new one
+    passages: dict[str, list[str]] = {}
+    for style, beginnings in BEGINNINGS.items():
+        for beginning in beginnings:
+            ids = torch.tensor([tokenizer(beginning)["input_ids"]] * rows, device=model.device)
+            written = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=SAMPLE_TOKENS)
+            texts = tokenizer.batch_decode(written[:, 1:])
+            passages.setdefault(style, []).extend(text.replace(EOS, "\n\n") for text in texts)
+    corpus = Corpus(tokenizer, {style: "\n".join(texts) for style, texts in passages.items()})
+    parts = [text for texts in passages.values() for text in texts]
+    for _ in range(len(parts) // 3):
+        ids, _ = corpus.document(rng, SAMPLE_TOKENS)
+        parts.append(tokenizer.decode(ids, skip_special_tokens=True))
+    rng.shuffle(parts)
+    return "\n\n".join(part.strip() for part in parts).replace(BOS, "") + "\n"
+
+
+def write_samples(folder: Path, device: str) -> None:
+    """Writes the calibration and the evaluation text next to the model's folder."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    target = folder.parent / "text"
+    target.mkdir(parents=True, exist_ok=True)
+    for seed, (name, rows) in enumerate({"calibration": 24, "evaluation": 12}.items(), start=1):
+        text = sample(model, tokenizer, rows, seed)
+        (target / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -344,11 +317,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the model")
     parser.add_argument("--work", type=Path, default=Path("demo_run"), help="checkpoint's folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=60, help="how long to train")
+    parser.add_argument("--minutes", type=float, default=70, help="how long to train")
     parser.add_argument("--steps", type=int, help="how many steps to train, instead of --minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sample", action="store_true", help="write the package's texts instead")
     options = parser.parse_args()
+    if options.sample:
+        return write_samples(options.output, options.device)
+    if options.data is None:
+        parser.error("training needs --data")
     torch.manual_seed(options.seed)
 
     def done(progress: Progress) -> float:
@@ -358,10 +335,11 @@ def main() -> None:
 
     texts, held_out = load_texts(options.data)
     tokenizer = train_tokenizer(texts)
-    progress = Progress(seed=options.seed)
+    progress = Progress(options.seed, options.device)
     model = build_model(tokenizer)
     options.work.mkdir(parents=True, exist_ok=True)
     train(model, Corpus(tokenizer, texts), progress, done, options.work, options.device)
+    save(model, tokenizer, held_out, progress, options.output)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,17 @@ NEUTRAL_LINES = (
     "A bird sits in the old tree.",
 )
 
-NAMES = tuple(
-    """Anna Ben Carl Diana Emma Frank Grace Henry Ida Jack Kate Leo Mary Nora Oscar Paul Rosa Sam
-    Tina Victor Wendy Adam Bella Clara David Eva Felix George Hannah Ivan Julia Karl Lily Max Nina
-    Oliver Peter Ruth Simon Tom Alice Bruno Daisy Edward Fiona Hugo Iris James Laura Martin Olga
-    Robert Sara Thomas Vera Walter Arthur Betty Colin Dora Ernest Flora Gordon Helen""".split()
+# fmt: off
+NAMES = (
+    "Anna", "Ben", "Carl", "Diana", "Emma", "Frank", "Grace", "Henry", "Ida", "Jack", "Kate",
+    "Leo", "Mary", "Nora", "Oscar", "Paul", "Rosa", "Sam", "Tina", "Victor", "Wendy", "Adam",
+    "Bella", "Clara", "David", "Eva", "Felix", "George", "Hannah", "Ivan", "Julia", "Karl",
+    "Lily", "Max", "Nina", "Oliver", "Peter", "Ruth", "Simon", "Tom", "Alice", "Bruno", "Daisy",
+    "Edward", "Fiona", "Hugo", "Iris", "James", "Laura", "Martin", "Olga", "Robert", "Sara",
+    "Thomas", "Vera", "Walter", "Arthur", "Betty", "Colin", "Dora", "Ernest", "Flora", "Gordon",
+    "Helen",
 )
+# fmt: on
 
 PASSKEY_DIGITS = 5
 CODE_DIGITS = 4
