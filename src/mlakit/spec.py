@@ -7,6 +7,7 @@ V value size, P block (page) size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,9 +42,32 @@ class RopeSpec:
         """Rotated dimensions in all: ``blocks * dim``."""
         return self.blocks * self.dim
 
+    @property
+    def attention_factor(self) -> float:
+        """What this scaling rule multiplies cos and sin with (1 except for YaRN).
+
+        Source: YaRN, https://arxiv.org/abs/2309.00071, section 3.4; ``mscale`` and
+        ``mscale_all_dim`` are DeepSeek-V2's.
+        """
+        if self.rope_type != "yarn":
+            return 1.0
+        given = self.parameters.get("attention_factor")
+        if given is not None:
+            return float(given)
+        factor = self.parameters["factor"]
+        numerator, denominator = (self.parameters.get(k) for k in ("mscale", "mscale_all_dim"))
+        if numerator and denominator:
+            return yarn_mscale(factor, numerator) / yarn_mscale(factor, denominator)
+        return yarn_mscale(factor)
+
     def as_rope_parameters(self) -> dict[str, Any]:
         """The same in transformers' ``rope_parameters`` form (one dict, no ``dim``)."""
         return {"rope_theta": self.theta, "rope_type": self.rope_type, **self.parameters}
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's temperature, 0.1 * mscale * ln(factor) + 1, and 1 when nothing is stretched."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +132,81 @@ class AttentionSpec:
             return self.kv_lora_rank
         return self.kv_lora_rank + (self.qk_rope_head_dim or 0)
 
+    @property
+    def query_dim(self) -> int:
+        """Size of one projected query head: N + R of DeepSeek's layout, else d."""
+        if self.kv_lora_rank is None or self.mla_form != "compress":
+            return self.head_dim
+        return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the layer on disk, named below ``self_attn.``, with its shape."""
+        shapes = self._query_shapes()
+        shapes |= self._cache_shapes() if self.kv_lora_rank is None else self._latent_shapes()
+        width = self.num_attention_heads * self.value_dim
+        shapes |= _linear("o_proj", self.hidden_size, width, self.o_bias)
+        if self.qk_norm:
+            shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
+        return shapes
+
+    def _query_shapes(self) -> dict[str, tuple[int, ...]]:
+        width = self.num_attention_heads * self.query_dim
+        if self.q_lora_rank is None:
+            return _linear("q_proj", width, self.hidden_size, self.q_bias)
+        return {
+            **_linear("q_a_proj", self.q_lora_rank, self.hidden_size, self.q_bias),
+            "q_a_layernorm.weight": (self.q_lora_rank,),
+            **_linear("q_b_proj", width, self.q_lora_rank, False),
+        }
+
+    def _cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        groups = self.num_key_value_heads
+        return {
+            **_linear("k_proj", groups * self.head_dim, self.hidden_size, self.kv_bias),
+            **_linear("v_proj", groups * self.value_dim, self.hidden_size, self.kv_bias),
+        }
+
+    def _latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        heads, rank = self.num_attention_heads, self.kv_lora_rank or 0
+        nope, rope = self.qk_nope_head_dim or 0, self.qk_rope_head_dim or 0
+        down = _linear("kv_a_proj_with_mqa", self.cache_width, self.hidden_size, self.kv_bias)
+        if self.mla_form == "article":
+            up = (heads * self.head_dim, rank // 2)
+            return {**down, "v_b_proj.weight": up, "k_b_proj.weight": up}
+        shapes = {**down, "kv_a_layernorm.weight": (rank,)}
+        if self.mla_form == "equal-cache":
+            shapes["q_up_proj.weight"] = (heads, rope, self.head_dim)
+        shapes["kv_b_proj.weight"] = (heads * (nope + self.value_dim), rank)
+        return shapes
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+    return weight | {f"{name}.bias": (rows,)} if bias else weight
+
+
+@dataclass(frozen=True)
+class FeedForwardSpec:
+    """The feed-forward block of one layer: gated (gate, up, down), dense or of experts.
+
+    Attributes:
+        intermediate_size: width of the dense block, or of one routed expert.
+        bias: the three projections of a dense block carry biases.
+        num_experts: routed experts; 0 for a dense block.
+        num_experts_per_tok: experts that one token visits.
+        shared_intermediate_size: width of the expert that every token visits; 0 for none.
+        router_buffer: the router has DeepSeek-V3's ``e_score_correction_bias``: a tensor on
+            disk, but not a trained parameter.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    bias: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    shared_intermediate_size: int = 0
+    router_buffer: bool = False
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -117,6 +216,8 @@ class ModelSpec:
         model_type: transformers' ``model_type``.
         family: key of the row in ``families.FAMILIES`` that read it.
         layers: one AttentionSpec per decoder layer, in order.
+        feed_forwards: one FeedForwardSpec per decoder layer, in order.
+        norms_per_layer: RMSNorms of width ``hidden_size`` in a decoder layer.
         dtype: storage dtype as transformers names it (``float32``, ``bfloat16``, ``float16``).
         config: the raw ``config.json``.
     """
@@ -129,6 +230,8 @@ class ModelSpec:
     tie_word_embeddings: bool
     dtype: str
     layers: tuple[AttentionSpec, ...]
+    feed_forwards: tuple[FeedForwardSpec, ...]
+    norms_per_layer: int
     config: dict[str, Any]
 
     @property

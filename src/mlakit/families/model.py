@@ -1,0 +1,195 @@
+"""A whole checkpoint from its config, the tensors it must hold, and whether it can be converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mlakit.errors import UnsupportedModelError
+from mlakit.families.readers import Config, rope_of, size
+from mlakit.families.rows import FAMILIES, Family
+from mlakit.spec import AttentionSpec, FeedForwardSpec, ModelSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary schedules that do not change with the length of the text: those can be converted."""
+
+
+def read_model(config: Config) -> ModelSpec:
+    """Describes a checkpoint from its ``config.json``.
+
+    Args:
+        config: the parsed file; any of the families of ``FAMILIES``.
+
+    Returns:
+        ModelSpec with one AttentionSpec and one FeedForwardSpec per layer.
+
+    Raises:
+        UnsupportedModelError: unknown ``model_type``, or a key that is missing or makes no sense.
+    """
+    name = config.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise UnsupportedModelError(
+            f"config.json has model_type {name!r}, a family mlakit does not know",
+            remedy=f"known families: {', '.join(FAMILIES)}",
+        )
+    filled = {**family.defaults, **config}
+    count = size(filled, "num_hidden_layers")
+    types = _layer_types(filled, family, count)
+    by_type = {kind: _attention(filled, family, kind) for kind in dict.fromkeys(types)}
+    dtype = filled.get("dtype") or filled.get("torch_dtype")
+    return ModelSpec(
+        model_type=family.name,
+        family=family.name,
+        hidden_size=size(filled, "hidden_size"),
+        vocab_size=size(filled, "vocab_size"),
+        max_position_embeddings=size(filled, "max_position_embeddings"),
+        tie_word_embeddings=bool(filled.get("tie_word_embeddings", False)),
+        dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else "float32",
+        layers=tuple(by_type[kind] for kind in types),
+        feed_forwards=tuple(family.feed_forward(filled, layer) for layer in range(count)),
+        norms_per_layer=len(family.norms),
+        config=dict(config),
+    )
+
+
+def tensor_shapes(spec: ModelSpec) -> Shapes:
+    """Name and shape of every tensor that a checkpoint of this model holds."""
+    family = FAMILIES[spec.family]
+    hidden = (spec.hidden_size,)
+    shapes: Shapes = {family.embedding: (spec.vocab_size, spec.hidden_size)}
+    for index, (attention, feed_forward) in enumerate(zip(spec.layers, spec.feed_forwards)):
+        prefix = family.attention_prefix(index)
+        shapes |= {prefix + name: shape for name, shape in attention.tensor_shapes().items()}
+        prefix = family.layer(index)
+        shapes |= {f"{prefix}{norm}.weight": hidden for norm in family.norms}
+        shapes |= _feed_forward_shapes(family, prefix, feed_forward)
+    shapes[family.final_norm] = hidden
+    if not spec.tie_word_embeddings:
+        shapes[family.output] = (spec.vocab_size, spec.hidden_size)
+    return shapes
+
+
+def convertible(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
+    """The model's description, if mlakit can convert the checkpoint.
+
+    Args:
+        config: the parsed ``config.json``.
+        shapes: every tensor of the checkpoint with its shape (``Checkpoint.shapes``).
+
+    Raises:
+        UnsupportedModelError: names the config key or the tensor that stands in the way, and why.
+    """
+    spec = read_model(config)
+    family = FAMILIES[spec.family]
+    if family.obstacle:
+        raise _refusal(f"model_type {spec.family!r}", family.obstacle)
+    if config.get("quantization_config"):
+        raise _refusal("quantization_config", "the weights are quantised", "convert the original")
+    _check_rope(spec)
+    if spec.family == "mistral" and len({layer.sliding_window for layer in spec.layers}) > 1:
+        raise _refusal("layer_types", "transformers' mistral gives every layer the same window")
+    _check_tensors(spec, shapes)
+    return spec
+
+
+def _check_rope(spec: ModelSpec) -> None:
+    rope = spec.layers[0].rope
+    if rope is None or any(layer.rope != rope for layer in spec.layers):
+        raise _refusal("rope_parameters", "layers with different or no rotary embeddings")
+    if rope.rope_type not in STATIC_ROPE:
+        raise _refusal(
+            f"rope_type {rope.rope_type!r}",
+            "its frequencies change with the length of the text, so they cannot be folded into"
+            " weights",
+            f"set it to one of {', '.join(STATIC_ROPE)} if you do not need longer texts",
+        )
+    if rope.dim < spec.layers[0].head_dim:
+        raise _refusal(
+            "partial_rotary_factor",
+            f"only {rope.dim} of {spec.layers[0].head_dim} dimensions of a head are rotated",
+        )
+    if rope.attention_factor != 1.0:
+        raise _refusal(
+            "rope_parameters.attention_factor",
+            f"YaRN scales the rotated dimensions by {rope.attention_factor:.4g}, and a part that"
+            " is no longer rotated would lose that factor",
+        )
+
+
+def _check_tensors(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    expected = tensor_shapes(spec)
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise UnsupportedModelError(
+                f"The checkpoint has no tensor {name}, which config.json calls for"
+                f" with shape {list(shape)}",
+                remedy="check that config.json belongs to these weights",
+            )
+        if tuple(shapes[name]) != shape:
+            raise UnsupportedModelError(
+                f"{name} has shape {list(shapes[name])} in the checkpoint,"
+                f" but config.json means {list(shape)}",
+                remedy="check that config.json belongs to these weights",
+            )
+    for name in shapes:
+        if ".self_attn." in name and name not in expected and "rotary_emb" not in name:
+            raise UnsupportedModelError(
+                f"{name} is in the checkpoint, but {spec.family} attention as config.json"
+                " describes it has no such tensor, so it would be lost",
+                remedy="check that config.json belongs to these weights",
+            )
+
+
+def _refusal(key: str, reason: str, remedy: str = "") -> UnsupportedModelError:
+    remedy = remedy or "mlakit inspect works on it; conversion is not offered yet"
+    return UnsupportedModelError(f"Cannot convert: {key}: {reason}", remedy=remedy)
+
+
+def _layer_types(config: Config, family: Family, count: int) -> list[str]:
+    given = config.get("layer_types")
+    if given is None:
+        return [
+            "sliding_attention" if family.windowed(config, layer) else "full_attention"
+            for layer in range(count)
+        ]
+    if len(given) != count:
+        raise UnsupportedModelError(
+            f"config.json names {len(given)} layer_types for num_hidden_layers {count}"
+        )
+    for kind in given:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(f"config.json has layer_types {kind!r}, unknown to mlakit")
+    return list(given)
+
+
+def _attention(config: Config, family: Family, layer_type: str) -> AttentionSpec:
+    sliding = layer_type == "sliding_attention" and config.get("use_sliding_window", True)
+    window = size(config, "sliding_window") if sliding and config.get("sliding_window") else None
+    return family.attention(config, rope_of(config, layer_type), window)
+
+
+def _feed_forward_shapes(family: Family, prefix: str, spec: FeedForwardSpec) -> Shapes:
+    if not spec.num_experts:
+        dense = ("gate_proj", "up_proj", "down_proj")
+        return _gated(f"{prefix}mlp.", dense, spec, spec.intermediate_size)
+    block = f"{prefix}{family.expert_block}."
+    shapes: Shapes = {f"{block}gate.weight": (spec.num_experts, spec.hidden_size)}
+    if spec.router_buffer:
+        shapes[f"{block}gate.e_score_correction_bias"] = (spec.num_experts,)
+    names = family.expert_projections
+    for expert in range(spec.num_experts):
+        shapes |= _gated(f"{block}experts.{expert}.", names, spec, spec.intermediate_size)
+    if spec.shared_intermediate_size:
+        width = spec.shared_intermediate_size
+        shapes |= _gated(f"{block}shared_experts.", names, spec, width)
+    return shapes
+
+
+def _gated(prefix: str, names: tuple[str, str, str], spec: FeedForwardSpec, width: int) -> Shapes:
+    sizes = ((width, spec.hidden_size), (width, spec.hidden_size), (spec.hidden_size, width))
+    shapes: Shapes = {f"{prefix}{name}.weight": size for name, size in zip(names, sizes)}
+    if spec.bias:
+        shapes |= {f"{prefix}{name}.bias": size[:1] for name, size in zip(names, sizes)}
+    return shapes
