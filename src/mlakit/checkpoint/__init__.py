@@ -1,0 +1,24 @@
+"""Checkpoints on disk: opened by their headers, written shard by shard, index last."""
+
+from mlakit.checkpoint.header import ShardHeader, TensorInfo, read_header
+from mlakit.checkpoint.reading import Checkpoint, open_checkpoint
+from mlakit.checkpoint.writing import (
+    ShardWriter,
+    copy_side_files,
+    require_free_space,
+    write_json_atomic,
+    write_text_atomic,
+)
+
+__all__ = [
+    "Checkpoint",
+    "ShardHeader",
+    "ShardWriter",
+    "TensorInfo",
+    "copy_side_files",
+    "open_checkpoint",
+    "read_header",
+    "require_free_space",
+    "write_json_atomic",
+    "write_text_atomic",
+]
