@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
+from mlakit.ops import cpu, torch_decode
 from mlakit.ops.check import check_decode
+from mlakit.ops.choose import choose
 from mlakit.ops.reference import reference_decode
+
+IMPLEMENTATIONS = {
+    "cpu": cpu.decode,
+    "torch": torch_decode.decode,
+    "reference": reference_decode,
+}
 
 
 def mla_decode(
@@ -61,16 +71,11 @@ def _decode(
     softmax_scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = reference_decode(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        kv_lora_rank,
-        softmax_scale=softmax_scale,
-        causal=causal,
+    choice = choose(q.device.type, q.dtype, os.environ.get("MLAKIT_KERNEL"))
+    out, lse = IMPLEMENTATIONS[choice.name](
+        q, k_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, causal
     )
-    return out.to(q.dtype), lse.float()
+    return out.to(q.dtype).contiguous(), lse.float().contiguous()
 
 
 @_decode.register_fake

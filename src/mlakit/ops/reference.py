@@ -18,9 +18,9 @@ def reference_decode(
     block_table: Tensor,
     cache_seqlens: Tensor,
     kv_lora_rank: int,
-    *,
     softmax_scale: float,
     causal: bool = True,
+    *,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Absorbed MLA decode over a paged cache, computed naively; shapes as in ``mla_decode``.

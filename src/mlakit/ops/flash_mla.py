@@ -1,0 +1,207 @@
+"""FlashMLA's two function names, on top of ``mla_decode``, in both generations of its interface.
+
+* 2025: ``get_mla_metadata(cache_seqlens, s_q * h_q // h_kv, h_kv)`` returns two tensors, the tile
+  schedule and the cumulative number of splits, which every layer's call hands on.
+* 2026: ``get_mla_metadata()`` returns a schedule object and None. The first call fills the object
+  and later calls must ask for the same problem.
+
+Covered is dense decode, for any page size, latent rank, rope size and head count. FlashMLA's
+arguments for fp8 caches and for sparse attention are not: passing one is a TypeError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlakit.errors import UsageError
+from mlakit.ops.decode import mla_decode
+
+TILE_ROWS = 64
+"""Query rows of one kv head that one part works on at a time."""
+
+SPLIT_COST = 5
+"""What starting on a request costs a part, in blocks of 64 tokens."""
+
+SPLIT_BLOCK = 64
+"""Tokens per block that the schedule counts in."""
+
+
+@dataclass
+class TileSchedule:
+    """The 2026 generation's schedule: one object per decoding step, shared by its layers.
+
+    Attributes:
+        problem: what the first call asked for; None before it.
+    """
+
+    problem: dict[str, int | bool] | None = None
+
+
+def get_mla_metadata(
+    cache_seqlens: Tensor | None = None,
+    num_heads_per_head_k: int | None = None,
+    num_heads_k: int | None = None,
+) -> tuple[Tensor, Tensor] | tuple[TileSchedule, None]:
+    """Plan a decoding step; call it once per step and hand the result to every layer.
+
+    Args:
+        cache_seqlens: tokens visible ``[B]``, int32.
+        num_heads_per_head_k: query rows per kv head, ``s_q * h_q // h_kv``.
+        num_heads_k: kv heads.
+
+    Returns:
+        Without arguments ``(TileSchedule(), None)``. With all three ``(tile_scheduler_metadata
+        int32 [parts, 8], num_splits int32 [B + 1])`` on the device of ``cache_seqlens``: per part
+        its first request and block, its last request and the block after its last, the number of
+        the split that its first request is in, and three zeros (a part without work starts at
+        request B); and the number of splits before each request. The lengths are read on the
+        host. FlashMLA's rule: a part is a streaming multiprocessor, here a torch thread on the
+        CPU, and requests are cut in order so that blocks plus a fixed cost per cut come out even.
+
+    Raises:
+        UsageError: if only some of the arguments are given, or they are out of range.
+    """
+    if cache_seqlens is None and num_heads_per_head_k is None and num_heads_k is None:
+        return TileSchedule(), None
+    if cache_seqlens is None or num_heads_per_head_k is None or num_heads_k is None:
+        raise UsageError(
+            "get_mla_metadata was given some of its arguments",
+            remedy="Pass cache_seqlens, s_q * h_q // h_kv and h_kv, or none of them.",
+        )
+    if cache_seqlens.dim() != 1 or cache_seqlens.dtype != torch.int32:
+        raise UsageError(
+            f"cache_seqlens is {cache_seqlens.dtype} of shape {list(cache_seqlens.shape)}; it "
+            "should be int32 [B]"
+        )
+    if num_heads_per_head_k < 1 or num_heads_k < 1:
+        raise UsageError(
+            f"{num_heads_per_head_k} query rows per kv head and {num_heads_k} kv heads; both "
+            "should be at least 1"
+        )
+    tiles = math.ceil(num_heads_per_head_k / TILE_ROWS)
+    parts = max(1, _processors(cache_seqlens.device) // num_heads_k // tiles)
+    rows, splits = tile_schedule(cache_seqlens.tolist(), parts)
+    device = cache_seqlens.device
+    return (
+        torch.tensor(rows, dtype=torch.int32, device=device),
+        torch.tensor(splits, dtype=torch.int32, device=device),
+    )
+
+
+def flash_mla_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: Tensor | TileSchedule,
+    num_splits: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Absorbed MLA decode over a paged cache, called as FlashMLA is called.
+
+    Args:
+        q: ``[b, s_q, h_q, d]``.
+        k_cache: ``[num_blocks, page_block_size, h_k, d]``, q's dtype.
+        block_table: int32 ``[b, max_blocks]``.
+        cache_seqlens: int32 ``[b]``.
+        head_dim_v: columns of a cache row that are its value; ``kv_lora_rank``.
+        tile_scheduler_metadata: from ``get_mla_metadata``: the tensor or the schedule object.
+        num_splits: from ``get_mla_metadata``: the tensor, or None beside a schedule object.
+        softmax_scale: factor on the scores; ``d ** -0.5`` if None.
+        causal: query i sees keys before ``seqlen - (s_q - 1 - i)``.
+
+    Returns:
+        ``out [b, s_q, h_q, head_dim_v]`` in q's dtype and ``lse [b, h_q, s_q]``, float32, natural
+        logarithm; a row without a key has out 0 and lse +inf. How the schedule cuts the work has
+        no influence on either: the implementations there are so far cut it themselves.
+
+    Raises:
+        UsageError: if shapes or dtypes do not fit, or the schedule is another problem's.
+    """
+    _check_schedule(q, k_cache, tile_scheduler_metadata, num_splits, causal)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return mla_decode(
+        q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale=scale, causal=causal
+    )
+
+
+def tile_schedule(lengths: Sequence[int], parts: int) -> tuple[list[list[int]], list[int]]:
+    """Cut requests of the given lengths into ``parts`` pieces of even cost, in order.
+
+    Returns:
+        The rows of ``tile_scheduler_metadata`` and ``num_splits``, see ``get_mla_metadata``.
+    """
+    blocks = [math.ceil(length / SPLIT_BLOCK) for length in lengths]
+    payload = math.ceil((sum(blocks) + SPLIT_COST * len(blocks)) / parts) + SPLIT_COST
+    rows, splits = [], [0]
+    request = block = split = 0
+    for _ in range(parts):
+        begin, begin_split, left = (request, block), split, payload
+        while request < len(blocks) and left >= blocks[request] - block + SPLIT_COST:
+            left -= blocks[request] - block + SPLIT_COST
+            splits.append(splits[-1] + split + 1)
+            request, block, split = request + 1, 0, 0
+        if request < len(blocks) and left > SPLIT_COST:
+            block, split = block + left - SPLIT_COST, split + 1
+        end = (request, block) if block else (request - 1, blocks[request - 1] if request else 0)
+        rows.append([*begin, *end, begin_split, 0, 0, 0])
+    return rows, splits
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.get_num_threads()
+
+
+def _check_schedule(
+    q: Tensor,
+    k_cache: Tensor,
+    schedule: Tensor | TileSchedule,
+    num_splits: Tensor | None,
+    causal: bool,
+) -> None:
+    if q.dim() != 4 or k_cache.dim() != 4:
+        raise UsageError(
+            f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; both should have 4 "
+            "dimensions"
+        )
+    if isinstance(schedule, Tensor):
+        if (
+            num_splits is None
+            or num_splits.shape != (q.shape[0] + 1,)
+            or schedule.shape[1:] != (8,)
+        ):
+            raise UsageError(
+                f"the schedule is not one for a batch of {q.shape[0]}: tile_scheduler_metadata "
+                "should be int32 [parts, 8] and num_splits int32 [b + 1]",
+                remedy="Pass both results of get_mla_metadata(cache_seqlens, ...) of this step.",
+            )
+        return
+    if not isinstance(schedule, TileSchedule) or num_splits is not None:
+        raise UsageError(
+            "tile_scheduler_metadata and num_splits are not what get_mla_metadata returns",
+            remedy="Pass both of its results: two tensors, or a TileSchedule and None.",
+        )
+    problem: dict[str, int | bool] = {
+        "b": q.shape[0],
+        "s_q": q.shape[1],
+        "h_q": q.shape[2],
+        "page_block_size": k_cache.shape[1],
+        "h_k": k_cache.shape[2],
+        "causal": causal,
+    }
+    if schedule.problem is None:
+        schedule.problem = problem
+    elif schedule.problem != problem:
+        raise UsageError(
+            f"the schedule was first used for {schedule.problem} and now for {problem}",
+            remedy="Call get_mla_metadata() once per decoding step.",
+        )
