@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
@@ -9,8 +10,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Verbs load on first use (PEP 562), so that ``import mlakit`` stays cheap."""
-    from mlakit import api
-
+    # Not ``from mlakit import api``: that asks this function for ``api``, without end.
+    api = import_module("mlakit.api")
     if name in api.__all__:
         return getattr(api, name)
     raise AttributeError(f"module 'mlakit' has no attribute {name!r}")
