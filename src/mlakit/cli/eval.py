@@ -1,0 +1,77 @@
+"""``mlakit eval``: quality, recall, cache bytes and, when asked, speed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def eval(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id: the source.")],
+    result: Annotated[
+        str | None, typer.Argument(help="A second checkpoint to compare, e.g. its conversion.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for report.html, report.json and pictures."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="File, folder or dataset name; default: the package's own text."),
+    ] = None,
+    prefix_length: Annotated[
+        int | None, typer.Option(help="Tokens cached first; default: 3/4 of the context.")
+    ] = None,
+    suffix_length: Annotated[
+        int | None, typer.Option(help="Tokens scored after them; default: 1/4 of the context.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the text to score.")] = 8,
+    recall: Annotated[bool, typer.Option(help="Ask passkey and key-value questions.")] = True,
+    speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decode.")] = False,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Continue this side by side; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of probes and intervals.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Measure a model, or a result against its source, after a cached prefix."""
+    from rich.console import Console
+
+    from mlakit.cli.progress import show_progress
+    from mlakit.evaluation import evaluate
+    from mlakit.reporting.folder import write_report
+    from mlakit.reporting.table import print_report
+
+    with show_progress() as progress:
+        report = evaluate(
+            model,
+            result,
+            text=text,
+            prefix_length=prefix_length,
+            suffix_length=suffix_length,
+            windows=windows,
+            recall=recall,
+            speed=speed,
+            prompts=prompt,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            command=shlex.join(["mlakit", *sys.argv[1:]]),
+            progress=progress,
+        )
+    if output is not None:
+        write_report(report, output)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        print_report(report, Console())
+        if output is not None:
+            typer.echo(f"report: {output / 'report.html'}")

@@ -1,0 +1,40 @@
+"""``mlakit verify``: does a result do what its source does?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id: the source.")],
+    result: Annotated[str, typer.Argument(help="Its conversion.")],
+    max_kl: Annotated[
+        float | None, typer.Option(help="Largest mean KL allowed, nats per token; else exit 4.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="File, folder or dataset name; default: the package's own text."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the text to read.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare logits in one pass and through the cache; exit code 4 when a promise is broken."""
+    from rich.console import Console
+
+    from mlakit.evaluation import check
+    from mlakit.reporting.table import print_verification
+
+    found = check(
+        source, result, max_kl=max_kl, text=text, windows=windows, device=device, dtype=dtype
+    )
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        print_verification(found, Console())
+    found.require()

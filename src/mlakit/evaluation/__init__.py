@@ -1,0 +1,119 @@
+"""Measuring a model, or a result against its source: quality, recall, memory, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mlakit.evaluation.environment import describe_environment
+from mlakit.evaluation.memory import measure_memory, summarise_models, whole_pages
+from mlakit.evaluation.quality import Progress, Windows, cut_windows, score_windows, summarise
+from mlakit.evaluation.recall import measure_recall
+from mlakit.evaluation.speed import measure_speed
+from mlakit.evaluation.subject import ModelLike, Subject, open_pair, open_subject
+from mlakit.evaluation.verification import check, verify
+from mlakit.generation import generate
+from mlakit.reporting.schema import LayerError, Report, Sample, Stage
+
+__all__ = ["Subject", "check", "evaluate", "open_subject", "verify"]
+
+SAMPLE_PROMPT_TOKENS = 24
+
+
+def evaluate(
+    source: ModelLike,
+    result: ModelLike | None = None,
+    *,
+    text: str | Path | None = None,
+    prefix_length: int | None = None,
+    suffix_length: int | None = None,
+    windows: int = 8,
+    recall: bool = True,
+    speed: bool = False,
+    prompts: Sequence[str] | None = None,
+    max_new_tokens: int = 48,
+    stages: Sequence[Stage] = (),
+    layer_errors: Sequence[LayerError] = (),
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+    command: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """Measures one model, or a result against its source.
+
+    Args:
+        source: folder, hub id or (name, model, tokenizer).
+        result: the model to compare with it, e.g. its conversion.
+        text: file, folder or dataset name to score; the package's own evaluation text by default.
+        prefix_length: tokens cached before scoring; three quarters of the context by default, at
+            most 2048.
+        suffix_length: tokens scored through the cache; a quarter of the context, at most 256.
+        windows: how many windows of the text are scored.
+        recall: also ask passkey and key-value questions.
+        speed: also time prefill and decoding.
+        prompts: prompts to continue side by side; the first words of three windows by default.
+        max_new_tokens: length of those continuations; 0 writes none.
+        stages: quality after each step of a conversion, to be drawn in the report.
+        layer_errors: error of each converted layer, to be drawn in the report.
+        seed: seed of probes, prompts and bootstrap.
+        dtype: dtype to load folders in; the checkpoint's own by default.
+        device: device to load folders on.
+        command: the command line, for the record.
+        progress: told (what, done, total).
+
+    Raises:
+        UsageError: lengths beyond the context, or two models with different vocabularies.
+        MlakitError: a text too short for the windows, or logits that are not finite.
+    """
+    ours, theirs = open_pair(source, result, dtype=dtype, device=device)
+    cut = cut_windows(
+        ours,
+        theirs,
+        text=text,
+        prefix_length=prefix_length,
+        suffix_length=suffix_length,
+        count=windows,
+    )
+    scores = score_windows(ours, theirs, cut, progress=progress)
+    memory = measure_memory(ours, theirs, length=whole_pages(cut.ids.shape[1] - 1))
+    source_summary, result_summary = summarise_models(ours, theirs, memory)
+    return Report(
+        source=source_summary,
+        result=result_summary,
+        quality=summarise(scores, cut, seed=seed),
+        memory=memory,
+        recall=measure_recall(ours, theirs, seed=seed, progress=progress) if recall else None,
+        speed=measure_speed(ours, theirs, seed=seed, progress=progress) if speed else None,
+        samples=_samples(ours, theirs, prompts, cut, max_new_tokens),
+        stages=list(stages),
+        layer_errors=list(layer_errors),
+        environment=describe_environment(command=command, seed=seed, device=ours.model.device),
+    )
+
+
+def _samples(
+    source: Subject,
+    result: Subject | None,
+    prompts: Sequence[str] | None,
+    cut: Windows,
+    max_new_tokens: int,
+) -> list[Sample]:
+    """Greedy continuations of the same prompts by both models."""
+    if max_new_tokens == 0:
+        return []
+    if prompts is None:
+        starts = cut.ids[:3, :SAMPLE_PROMPT_TOKENS]
+        prompts = source.tokenizer.batch_decode(starts, skip_special_tokens=True)
+    texts = [
+        generate(s.model, s.tokenizer, list(prompts), max_new_tokens=max_new_tokens).texts
+        for s in (source, result)
+        if s is not None
+    ]
+    written = texts[1] if result is not None else [None] * len(prompts)
+    return [
+        Sample(prompt=prompt, source=ours, result=theirs)
+        for prompt, ours, theirs in zip(prompts, texts[0], written, strict=True)
+    ]

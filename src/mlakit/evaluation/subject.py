@@ -1,0 +1,93 @@
+"""The model under measurement: a name, the model itself and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mlakit.checkpoint import open_checkpoint
+from mlakit.errors import UsageError
+from mlakit.nn.hf import load
+
+
+class Subject(NamedTuple):
+    """A loaded model under the name that reports print.
+
+    Attributes:
+        fingerprint: hash of the checkpoint it was read from, None when it was built in memory.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str | None = None
+
+    @property
+    def context(self) -> int:
+        """Longest sequence, in tokens, that the model was made for."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the weights' dtype, e.g. ``bfloat16``."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+
+ModelLike = str | Path | tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | Subject
+"""What every measurement accepts: a folder, a hub id, or (name, model, tokenizer)."""
+
+
+def open_subject(
+    model: ModelLike, *, dtype: torch.dtype | str | None = None, device: str = "cpu"
+) -> Subject:
+    """Loads a folder or hub id; takes a model that is already loaded as it is.
+
+    Args:
+        model: a folder, a hub id, or (name, model, tokenizer).
+        dtype: dtype to load in; the checkpoint's own by default.
+        device: device to load on.
+    """
+    if not isinstance(model, str | Path):
+        return Subject(*model)
+    path = open_checkpoint(model).path
+    loaded = load(path, dtype=dtype, device=device)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return Subject(Path(model).name, loaded, tokenizer, open_checkpoint(path).fingerprint)
+
+
+def open_pair(
+    source: ModelLike,
+    result: ModelLike | None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+) -> tuple[Subject, Subject | None]:
+    """Opens a source and, where there is one, its result."""
+    ours = open_subject(source, dtype=dtype, device=device)
+    theirs = None if result is None else open_subject(result, dtype=dtype, device=device)
+    return ours, theirs
+
+
+def require_same_tokens(source: Subject, result: Subject, text: str) -> None:
+    """Refuses two models that do not speak the same token ids.
+
+    Raises:
+        UsageError: if vocabularies differ in size, or a piece of ``text`` is cut differently.
+    """
+    sizes = source.model.config.vocab_size, result.model.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"{source.name} has {sizes[0]} tokens and {result.name} has {sizes[1]}: "
+            "their predictions cannot be compared token by token",
+            remedy="compare a model with its own conversion",
+        )
+    piece = text[:2000]
+    ours, theirs = (s.tokenizer(piece, verbose=False)["input_ids"] for s in (source, result))
+    if ours != theirs:
+        raise UsageError(
+            f"the tokenizers of {source.name} and {result.name} cut the same text differently",
+            remedy="copy the source's tokenizer files into the result's folder",
+        )

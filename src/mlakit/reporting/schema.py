@@ -1,0 +1,316 @@
+"""The report: everything that was measured on one model or two, as plain versioned data.
+
+Quality is never stored without the cache bytes it was bought with, nor bytes without quality: both
+are required fields of `Report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+from mlakit.errors import VerificationError
+
+RECALL_FLOOR = 0.5
+"""A source below this recall cannot do the task; the column then says nothing about a cache."""
+
+
+class Record(BaseModel):
+    """Frozen, with no unknown keys; infinities survive JSON as strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Estimate(Record):
+    """A mean over windows with its bootstrap 95 % interval (absent with a single window)."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def includes_zero(self) -> bool:
+        """True when zero lies in the interval; without an interval only zero itself does."""
+        if self.low is None or self.high is None:
+            return self.value == 0.0
+        return self.low <= 0.0 <= self.high
+
+
+class ModelSummary(Record):
+    """One model and the size of its cache.
+
+    Attributes:
+        attention: ``mha``, ``gqa``, ``mqa`` or ``mla``, with the MLA form where there is one.
+        fingerprint: hash of the checkpoint; None for a model that was not read from a folder.
+        bytes_per_token: cache bytes really held, over the tokens cached, all layers.
+        percent_of_own: of the source's bytes per token.
+        percent_of_mha: of the same model with one K/V head per query head, in the source's dtype.
+    """
+
+    name: str
+    attention: str
+    layers: int
+    parameters: int
+    weight_bytes: int
+    dtype: str
+    context: int
+    fingerprint: str | None
+    bytes_per_token: float
+    percent_of_own: float
+    percent_of_mha: float
+
+
+class Text(Record):
+    """The text that was scored."""
+
+    name: str
+    sha256: str
+
+
+class Likelihood(Record):
+    """One model on the continuation: mean NLL (nats per token) and perplexity, exp of it."""
+
+    nll: Estimate
+    perplexity: Estimate
+    nll_by_position: list[float]
+
+
+class Agreement(Record):
+    """Result against source, token by token, through their caches.
+
+    Attributes:
+        kl_mean: mean KL(source || result), nats per token.
+        kl_p999: 99.9th percentile over all scored tokens.
+        top1: share of tokens where both models' most likely token is the same.
+        nll_difference: result minus source, nats per token, paired by window.
+        kl_by_position: mean KL per bin of positions in the continuation.
+    """
+
+    kl_mean: Estimate
+    kl_p999: float
+    kl_max: float
+    top1: Estimate
+    nll_difference: Estimate
+    kl_by_position: list[float]
+
+    @property
+    def tie(self) -> bool:
+        """The interval of the NLL difference holds zero: the perplexities are a tie."""
+        return self.nll_difference.includes_zero
+
+
+class Quality(Record):
+    """Scores of a continuation after a cached prefix.
+
+    Attributes:
+        positions: last position (1-based, in the continuation) of each bin of ``..._by_position``.
+    """
+
+    text: Text
+    prefix_length: int
+    suffix_length: int
+    windows: int
+    positions: list[int]
+    source: Likelihood
+    result: Likelihood | None = None
+    agreement: Agreement | None = None
+
+
+RecallKind = Literal["passkey", "key_value"]
+
+
+class RecallCell(Record):
+    """Answers found at one length and depth."""
+
+    kind: RecallKind
+    length: int
+    depth: float
+    trials: int
+    source_hits: int
+    result_hits: int | None = None
+
+
+class RecallColumn(Record):
+    """All depths of one kind and length together; shares between 0 and 1."""
+
+    kind: RecallKind
+    length: int
+    trials: int
+    source: float
+    result: float | None
+
+    @property
+    def usable(self) -> bool:
+        """False where the source itself fails: the column is then printed n/a."""
+        return self.source >= RECALL_FLOOR
+
+
+class Recall(Record):
+    """Look-up of a line far back in the cached text: exact greedy answers."""
+
+    cells: list[RecallCell]
+
+    def columns(self) -> Iterator[RecallColumn]:
+        """Sums the cells over depths, in the order of their first appearance."""
+        for kind, length in dict.fromkeys((cell.kind, cell.length) for cell in self.cells):
+            cells = [c for c in self.cells if (c.kind, c.length) == (kind, length)]
+            trials = sum(c.trials for c in cells)
+            found = [c.result_hits for c in cells if c.result_hits is not None]
+            yield RecallColumn(
+                kind=kind,
+                length=length,
+                trials=trials,
+                source=sum(c.source_hits for c in cells) / trials,
+                result=sum(found) / trials if found else None,
+            )
+
+
+class CacheSize(Record):
+    """Cache bytes of one model: held by its storage, and as the account predicts."""
+
+    measured_bytes: int
+    accounted_bytes: int
+
+
+class Memory(Record):
+    """Cache bytes at a stated length (tokens) and batch (sequences)."""
+
+    length: int
+    batch: int
+    source: CacheSize
+    result: CacheSize | None = None
+
+
+class SpeedPoint(Record):
+    """Timings at one cached length, batch 1; medians over repeats.
+
+    Attributes:
+        bytes_moved: weight and cache bytes one decoded token has to read at least.
+    """
+
+    length: int
+    prefill_seconds: float
+    decode_tokens_per_second: float
+    bytes_moved: int
+
+
+class Speed(Record):
+    """Tokens per second, source and result taken in turn on the same prompts.
+
+    Attributes:
+        copy_bandwidth: bytes/s that a large tensor copy read plus wrote on this device; the roof.
+    """
+
+    decoded_tokens: int
+    repeats: int
+    copy_bandwidth: float
+    source: list[SpeedPoint]
+    result: list[SpeedPoint] | None = None
+
+
+class Sample(Record):
+    """One prompt and what each model writes after it, greedily."""
+
+    prompt: str
+    source: str
+    result: str | None = None
+
+
+class Stage(Record):
+    """One step of a conversion (original, rotated, low rank, refined, healed) and its price."""
+
+    name: str
+    bytes_per_token: float
+    kl_mean: float
+    perplexity: float
+
+
+class LayerError(Record):
+    """Relative error of one converted layer's attention output."""
+
+    layer: int
+    error: float
+
+
+class Environment(Record):
+    """Where and how the numbers were taken; enough to take them again."""
+
+    created: str
+    command: str
+    seed: int
+    device: str
+    threads: int
+    hardware: str
+    versions: dict[str, str]
+
+
+class Report(Record):
+    """All that was measured on a source and, where there is one, on its result."""
+
+    schema_version: Literal[1] = 1
+    source: ModelSummary
+    result: ModelSummary | None = None
+    quality: Quality
+    memory: Memory
+    recall: Recall | None = None
+    speed: Speed | None = None
+    samples: list[Sample] = Field(default_factory=list)
+    stages: list[Stage] = Field(default_factory=list)
+    layer_errors: list[LayerError] = Field(default_factory=list)
+    environment: Environment
+
+
+class Difference(Record):
+    """Largest logit difference: absolute, and over the reference's largest logit."""
+
+    absolute: float
+    relative: float
+
+
+class Verification(Record):
+    """What a quick check of a result against its source found.
+
+    Attributes:
+        one_pass: result against source, both reading each window in one call.
+        through_cache: the same for the continuation fed through each model's own cache.
+        own_cache: the result's cached logits against its own one-pass logits.
+        kl_mean: mean KL(source || result) through the caches, nats per token.
+        kl_max: the largest of them.
+        top1: share of tokens with the same most likely token.
+        source_bytes: cache bytes per token of the source.
+        result_bytes: cache bytes per token of the result.
+        tolerance: relative difference that rounding explains in the coarser dtype of the two.
+        tokens: continuation tokens compared.
+        failures: what was promised and not kept; empty when all is well.
+    """
+
+    source: str
+    result: str
+    one_pass: Difference
+    through_cache: Difference
+    own_cache: Difference
+    kl_mean: float
+    kl_max: float
+    top1: float
+    source_bytes: float
+    result_bytes: float
+    tolerance: float
+    tokens: int
+    failures: list[str]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def percent_of_own(self) -> float:
+        """Cache bytes of the result in percent of the source's."""
+        return 100 * self.result_bytes / self.source_bytes
+
+    def require(self) -> None:
+        """Raises VerificationError when anything promised was not kept."""
+        if self.failures:
+            raise VerificationError(
+                f"{self.result} does not match {self.source}: " + "; ".join(self.failures),
+                remedy="compare in float32 to rule out rounding; if it fails there too, convert "
+                "again with more cache, or allow a larger KL",
+            )

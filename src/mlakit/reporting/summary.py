@@ -1,0 +1,158 @@
+"""The numbers of a report as words: one headline and one table, whatever shows them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mlakit.reporting.schema import Estimate, Recall, Report, Verification
+
+KIND_WORDS = {"passkey": "passkey", "key_value": "key-value"}
+
+
+class Row(NamedTuple):
+    """One line of the table; ``result`` is empty when there is only a source."""
+
+    label: str
+    source: str
+    result: str = ""
+    note: str = ""
+
+
+def headline(report: Report) -> str:
+    """The price and the quality in one sentence."""
+    result, agreement = report.result, report.quality.agreement
+    if result is None or agreement is None:
+        source = report.source
+        return (
+            f"{source.name} caches {number(source.bytes_per_token)} bytes per token "
+            f"({percent(source.percent_of_mha)} of MHA); perplexity after a cached prefix "
+            f"{number(report.quality.source.perplexity.value)}"
+        )
+    return (
+        f"{percent(result.percent_of_own)} of your own cache "
+        f"({percent(result.percent_of_mha)} of MHA), KL {number(agreement.kl_mean.value)} nats, "
+        f"top-1 {percent(100 * agreement.top1.value)}"
+    )
+
+
+def rows(report: Report) -> list[Row]:
+    """Every number of the report's table, bytes first."""
+    return [
+        *_cache_rows(report),
+        *_quality_rows(report),
+        *_recall_rows(report.recall),
+        *_speed_rows(report),
+    ]
+
+
+def _cache_rows(report: Report) -> list[Row]:
+    pair = [report.source, *([report.result] if report.result else [])]
+    sizes = [report.memory.source, *([report.memory.result] if report.memory.result else [])]
+    held = f"{report.memory.length:,} tokens x batch {report.memory.batch}"
+    return [
+        Row("attention", *(m.attention for m in pair)),
+        Row("cache, bytes per token", *(number(m.bytes_per_token) for m in pair)),
+        Row("cache, % of your own", *(percent(m.percent_of_own) for m in pair)),
+        Row("cache, % of MHA", *(percent(m.percent_of_mha) for m in pair)),
+        Row("cache held, bytes", *(f"{s.measured_bytes:,}" for s in sizes), note=held),
+        Row("cache by account, bytes", *(f"{s.accounted_bytes:,}" for s in sizes), note=held),
+        Row("weights, bytes", *(f"{m.weight_bytes:,}" for m in pair)),
+        Row("dtype", *(m.dtype for m in pair)),
+    ]
+
+
+def _quality_rows(report: Report) -> list[Row]:
+    quality, agreement = report.quality, report.quality.agreement
+    pair = [quality.source, *([quality.result] if quality.result else [])]
+    tie = "a tie: the difference is inside its interval" if agreement and agreement.tie else ""
+    listed = [Row("perplexity after the prefix", *(estimate(x.perplexity) for x in pair), note=tie)]
+    if agreement is None:
+        return listed
+    top1 = agreement.top1
+    shares = Estimate(**{name: x if x is None else 100 * x for name, x in top1})
+    nats = "nats per token"
+    return [
+        *listed,
+        Row("NLL difference", "", estimate(agreement.nll_difference), nats),
+        Row("KL, mean", "", estimate(agreement.kl_mean), nats),
+        Row("KL, 99.9th percentile", "", number(agreement.kl_p999), nats),
+        Row("KL, largest", "", number(agreement.kl_max), nats),
+        Row("top-1 agreement, %", "", estimate(shares)),
+    ]
+
+
+def _recall_rows(recall: Recall | None) -> list[Row]:
+    listed = []
+    for column in recall.columns() if recall else ():
+        label = f"{KIND_WORDS[column.kind]} recall at {column.length:,}"
+        result = "" if column.result is None else percent(100 * column.result)
+        note = f"{column.trials} questions"
+        if not column.usable:
+            result, note = result and "n/a", f"{note}; the source itself fails"
+        listed.append(Row(label, percent(100 * column.source), result, note))
+    return listed
+
+
+def _speed_rows(report: Report) -> list[Row]:
+    if report.speed is None:
+        return []
+    listed = []
+    lines = [report.speed.source, *([report.speed.result] if report.speed.result else [])]
+    for points in zip(*lines, strict=True):
+        at = f"at {points[0].length:,}"
+        listed.append(Row(f"prefill {at}, seconds", *(number(p.prefill_seconds) for p in points)))
+        rates = (number(p.decode_tokens_per_second) for p in points)
+        listed.append(Row(f"decode {at}, tokens/s", *rates))
+    return listed
+
+
+def verification_headline(found: Verification) -> str:
+    """The verdict, the price and the quality in one sentence."""
+    verdict = "FAILED" if found.failures else "verified"
+    return (
+        f"{verdict}: {percent(found.percent_of_own)} of your own cache, "
+        f"KL {number(found.kl_mean)} nats, top-1 {percent(100 * found.top1)}"
+    )
+
+
+def verification_rows(found: Verification) -> list[Row]:
+    """Every number of a verification; the value is in ``source``."""
+    differences = {
+        "logits in one pass, result against source": found.one_pass,
+        "logits through the cache, result against source": found.through_cache,
+        "result through its cache, against its own one pass": found.own_cache,
+    }
+    rounding = f"rounding explains {found.tolerance:.2g}"
+    return [
+        Row("cache, bytes per token of the source", number(found.source_bytes)),
+        Row("cache, bytes per token of the result", number(found.result_bytes)),
+        Row("cache, % of your own", percent(found.percent_of_own)),
+        *(
+            Row(label, f"{d.relative:.2g}", note=f"{d.absolute:.2g} absolute; {rounding}")
+            for label, d in differences.items()
+        ),
+        Row("KL, mean", number(found.kl_mean), note="nats per token"),
+        Row("KL, largest", number(found.kl_max), note="nats per token"),
+        Row("top-1 agreement", percent(100 * found.top1), note=f"{found.tokens:,} tokens"),
+    ]
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands separated, integers whole."""
+    if value == round(value) and abs(value) < 1e15:
+        return f"{value:,.0f}"
+    if abs(value) >= 100:
+        return f"{value:,.1f}"
+    return f"{value:#.3g}"
+
+
+def percent(value: float) -> str:
+    """One decimal, or none for whole numbers."""
+    return f"{value:.1f} %".replace(".0 %", " %")
+
+
+def estimate(value: Estimate) -> str:
+    """The value with its 95 % interval, e.g. ``5.31 [5.12, 5.50]``."""
+    if value.low is None or value.high is None:
+        return number(value.value)
+    return f"{number(value.value)} [{number(value.low)}, {number(value.high)}]"
