@@ -1,0 +1,155 @@
+"""Config classes of converted models: the family's own fields and the latent ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from mlakit.spec import AttentionSpec, MLAForm, RopeSpec
+
+FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class LatentConfig:
+    """What latent attention adds to a family's config; the defaults are DeepSeek-V3's sizes.
+
+    Attributes:
+        mla_form: ``compress``, ``equal-cache`` or ``article`` (see AttentionSpec).
+        kv_lora_rank: C.
+        qk_rope_head_dim: R.
+        qk_nope_head_dim: N.
+        v_head_dim: V.
+        q_lora_rank: always None so far.
+        rope_blocks: the rotary schedule has R / rope_blocks dims and is repeated this often.
+        softmax_scale: factor on the scores, the source's own.
+        q_bias: q_proj has a bias.
+        kv_a_bias: kv_a_proj_with_mqa has a bias.
+        o_bias: o_proj has a bias.
+        latent_norm_eps: epsilon of kv_a_layernorm, large: the norm is the identity.
+        head_dim: numbers cached per token (engines read it); set from the sizes above.
+        mlakit: where the weights come from.
+    """
+
+    if TYPE_CHECKING:  # the family's fields that are read here
+        hidden_size: int
+        num_attention_heads: int
+        num_key_value_heads: Any
+        num_hidden_layers: int
+        attention_dropout: Any
+        rope_parameters: Any
+        _attn_implementation: str
+
+    mla_form: MLAForm = "compress"
+    kv_lora_rank: int = 512
+    qk_rope_head_dim: int = 64
+    qk_nope_head_dim: int = 128
+    v_head_dim: int = 128
+    q_lora_rank: int | None = None
+    rope_blocks: int = 1
+    softmax_scale: float = 192**-0.5
+    q_bias: bool = False
+    kv_a_bias: bool = False
+    o_bias: bool = False
+    latent_norm_eps: float = 4.0**20
+    head_dim: int = 576
+    mlakit: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Derives what the sizes imply, after the family has set its own defaults."""
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.head_dim = self.kv_lora_rank
+        if self.mla_form != "article":
+            self.head_dim += self.qk_rope_head_dim
+        self.num_key_value_heads = self.num_attention_heads
+
+    def validate_architecture(self) -> None:
+        """Refuses sizes that no form can have."""
+        if self.mla_form not in ("compress", "equal-cache", "article"):
+            raise ValueError(f"mla_form is {self.mla_form!r}: no such form of latent attention")
+        if self.q_lora_rank is not None:
+            raise ValueError(f"q_lora_rank is {self.q_lora_rank}: low-rank queries are unknown")
+        if self.qk_rope_head_dim % (2 * self.rope_blocks):
+            raise ValueError(
+                f"qk_rope_head_dim {self.qk_rope_head_dim} is not {self.rope_blocks} "
+                "(rope_blocks) blocks of pairs"
+            )
+        if self.mla_form == "equal-cache" and self.qk_nope_head_dim:
+            raise ValueError("the equal-cache form has qk_nope_head_dim 0")
+        if self.mla_form == "article" and self.kv_lora_rank % 2:
+            raise ValueError(f"kv_lora_rank {self.kv_lora_rank} is odd: two halves are cached")
+
+    @property
+    def query_dim(self) -> int:
+        """Size of one projected query head."""
+        if self.mla_form == "compress":
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.qk_rope_head_dim // self.rope_blocks
+
+    def layer_window(self, layer_idx: int) -> int | None:
+        """Tokens a query of this layer sees, itself included; None for all."""
+        types = getattr(self, "layer_types", None)
+        if types is not None and types[layer_idx] != "sliding_attention":
+            return None
+        return getattr(self, "sliding_window", None)
+
+    def attention_spec(self, layer_idx: int) -> AttentionSpec:
+        """The layer in the words every room shares."""
+        source = (self.mlakit or {}).get("source_attention", {})
+        parameters = dict(self.rope_parameters)
+        rope = RopeSpec(
+            theta=parameters.pop("rope_theta"),
+            dim=self.qk_rope_head_dim // self.rope_blocks,
+            rope_type=parameters.pop("rope_type", "default"),
+            parameters=parameters,
+            blocks=self.rope_blocks,
+        )
+        return AttentionSpec(
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=source.get("num_key_value_heads", self.num_attention_heads),
+            head_dim=source.get("head_dim", self.v_head_dim),
+            softmax_scale=self.softmax_scale,
+            rope=rope,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_nope_head_dim=self.qk_nope_head_dim,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            v_head_dim=self.v_head_dim,
+            mla_form=self.mla_form,
+            sliding_window=self.layer_window(layer_idx),
+            q_bias=self.q_bias,
+            kv_bias=self.kv_a_bias,
+            o_bias=self.o_bias,
+        )
+
+
+def _mlp_plan(family: Any) -> dict[str, str]:
+    """The family's tensor-parallel plan without its attention, which ours replaces."""
+    return {k: v for k, v in family.base_model_tp_plan.items() if ".self_attn." not in k}
+
+
+@strict
+class MLALlamaConfig(LatentConfig, LlamaConfig):  # type: ignore[misc]
+    """A Llama whose attention is latent."""
+
+    model_type = "mla_llama"
+    base_model_tp_plan = _mlp_plan(LlamaConfig)
+
+
+@strict
+class MLAMistralConfig(LatentConfig, MistralConfig):  # type: ignore[misc]
+    """A Mistral whose attention is latent."""
+
+    model_type = "mla_mistral"
+    base_model_tp_plan = _mlp_plan(MistralConfig)
+
+
+@strict
+class MLAQwen2Config(LatentConfig, Qwen2Config):
+    """A Qwen2 whose attention is latent."""
+
+    model_type = "mla_qwen2"
+    base_model_tp_plan = _mlp_plan(Qwen2Config)

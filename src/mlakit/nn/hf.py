@@ -1,0 +1,146 @@
+"""Converted checkpoints as transformers models: registration, loading, caches, layer specs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from mlakit.errors import MlakitError, UnsupportedModelError
+from mlakit.families import read_model
+from mlakit.nn import configs, models
+from mlakit.nn.cache import LatentCache
+from mlakit.spec import AttentionSpec
+
+INDEX = "model.safetensors.index.json"
+
+
+def register() -> None:
+    """Tells transformers' Auto classes about converted checkpoints; safe to call twice."""
+    for config, model, causal in (
+        (configs.MLALlamaConfig, models.MLALlamaModel, models.MLALlamaForCausalLM),
+        (configs.MLAMistralConfig, models.MLAMistralModel, models.MLAMistralForCausalLM),
+        (configs.MLAQwen2Config, models.MLAQwen2Model, models.MLAQwen2ForCausalLM),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A checkpoint, converted or ordinary, in evaluation mode.
+
+    Args:
+        path: a folder or a hub id; safetensors only, no remote code.
+        dtype: dtype of the weights, e.g. ``torch.bfloat16`` or ``"bfloat16"``; the checkpoint's
+            own by default.
+        device: where the model goes.
+
+    Raises:
+        MlakitError: the folder is unfinished or incomplete, or transformers cannot read it.
+        UnsupportedModelError: a newer mlakit wrote the folder.
+    """
+    register()
+    if Path(path).is_dir():
+        _check_folder(Path(path))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise MlakitError(
+            f"{path} cannot be loaded: {error}",
+            remedy="check the path; a folder needs config.json and *.safetensors",
+        ) from error
+    model, info = loaded
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info[problem])
+        if names:
+            raise MlakitError(
+                f"{path} does not hold what its config.json promises: "
+                f"{problem.replace('_', ' ')} {', '.join(names[:3])}"
+                + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
+                remedy="convert or download it again",
+            )
+    return model.to(device).eval()
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder that cannot be complete, before any tensor is read."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise MlakitError(
+            f"{folder} has no config.json", remedy="give the folder that holds config.json"
+        )
+    index = folder / INDEX
+    if (folder / "plan.json").is_file() and not index.is_file():
+        raise MlakitError(
+            f"the conversion that writes {folder} has not finished",
+            remedy="run the same mlakit convert command again: it goes on where it stopped",
+        )
+    try:
+        version = (json.loads(config.read_text("utf-8")).get("mlakit") or {}).get(
+            "format_version", configs.FORMAT_VERSION
+        )
+        shards = json.loads(index.read_text("utf-8"))["weight_map"] if index.is_file() else {}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise MlakitError(f"{folder} has a damaged config.json or {INDEX}: {error}") from error
+    if version > configs.FORMAT_VERSION:
+        raise UnsupportedModelError(
+            f"{folder} has format version {version}, this mlakit reads "
+            f"{configs.FORMAT_VERSION} and older",
+            remedy="upgrade mlakit",
+        )
+    absent = sorted({name for name in shards.values() if not (folder / name).is_file()})
+    if absent:
+        raise MlakitError(
+            f"{folder} lacks {', '.join(absent)}, which {INDEX} lists",
+            remedy="convert or download it again",
+        )
+
+
+def attention_specs(model: Any) -> list[AttentionSpec]:
+    """One AttentionSpec per decoder layer of a model or of its config, converted or ordinary."""
+    config = getattr(model, "config", model)
+    if isinstance(config, configs.LatentConfig):
+        return [config.attention_spec(index) for index in range(config.num_hidden_layers)]
+    return list(read_model(config.to_dict()).layers)
+
+
+def new_cache(model: PreTrainedModel, batch_size: int, max_length: int) -> Cache:
+    """An empty cache for a model: a LatentCache if it was converted, else a DynamicCache.
+
+    Args:
+        model: the model.
+        batch_size: sequences, B.
+        max_length: tokens a sequence can hold; a DynamicCache grows and needs none.
+    """
+    if isinstance(model.config, configs.LatentConfig):
+        return LatentCache(
+            attention_specs(model), batch_size, max_length, dtype=model.dtype, device=model.device
+        )
+    return DynamicCache(config=model.config)
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes that the tensors of a cache really hold, each storage counted once."""
+    if isinstance(cache, LatentCache):
+        return cache.nbytes
+    storages = {}
+    for layer in cache.layers:
+        for tensor in vars(layer).values():
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 0:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

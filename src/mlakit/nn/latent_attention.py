@@ -1,0 +1,392 @@
+"""Latent attention inside a transformers model: expanded to read a prompt, absorbed to decode.
+
+Three forms share one cache row per token, ``[c_kv | k_rope]`` (see ``AttentionSpec``). Without
+history every form expands keys and values per head and calls transformers' attention function, so
+it trains. With history the up-projections move to the query and the output, and attention reads
+the cache rows themselves (DeepSeek-V2, arXiv 2405.04434, section 2.1; "absorb").
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+)
+
+from mlakit.nn.cache import LatentCache
+from mlakit.nn.configs import LatentConfig
+from mlakit.ops import mla_decode
+
+
+class LatentNorm(nn.Module):
+    """The RMSNorm that engines expect on a latent, made the identity by a large epsilon.
+
+    With epsilon 4^k far above mean(z^2) and weight 2^k, z / sqrt(mean(z^2) + 4^k) * 2^k is z up to
+    rounding. The weight multiplies in float32: z / 2^k would be subnormal in float16.
+
+    Args:
+        size: C.
+        eps: epsilon, a power of 4.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), math.sqrt(eps)))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalises ``[..., C]``."""
+        x = hidden_states.to(torch.float32)
+        variance = x.pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + self.variance_epsilon)
+        return (self.weight.to(torch.float32) * x).to(hidden_states.dtype)
+
+
+class LatentRotaryEmbedding(LlamaRotaryEmbedding):
+    """cos and sin of width R: the family's own schedule of R / rope_blocks dims, repeated.
+
+    The schedule comes from transformers' functions, given a config whose head is one block wide;
+    transformers itself recomputes the frequencies after loading on the meta device.
+    """
+
+    def __init__(self, config: LatentConfig) -> None:
+        schedule = copy.deepcopy(config)
+        schedule.head_dim = config.qk_rope_head_dim // config.rope_blocks
+        super().__init__(schedule)  # type: ignore[arg-type]
+        self.blocks = config.rope_blocks
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[B, S, R]`` in x's dtype for ``position_ids`` ``[B, S]``."""
+        cos, sin = super().forward(x, position_ids)
+        if self.blocks == 1:
+            return cos, sin
+        half = cos.shape[-1] // 2
+        return (
+            cos[..., :half].repeat(1, 1, 2 * self.blocks),
+            sin[..., :half].repeat(1, 1, 2 * self.blocks),
+        )
+
+
+class HeadProjection(nn.Module):
+    """A matrix per head, ``weight [H, out, in]``, as the up-projection of queries."""
+
+    def __init__(self, heads: int, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, H, S, in]`` to ``[B, H, S, out]``."""
+        return x @ self.weight.transpose(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns ``[B, H, S, R]`` by cos and sin ``[B, S, R]``, halves (re, im) side by side."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+class MLAttention(nn.Module):
+    """The ``compress`` form: DeepSeek's latent attention, with any ranks, biases and scale.
+
+    Args:
+        config: a config with LatentConfig's fields.
+        layer_idx: which decoder layer this is.
+    """
+
+    def __init__(self, config: LatentConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.scaling = config.softmax_scale
+        self.sliding_window = config.layer_window(layer_idx)
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.num_key_value_groups = 1
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.q_proj = nn.Linear(hidden, heads * config.query_dim, bias=config.q_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.head_dim, bias=config.kv_a_bias)
+        self.add_up_projections(config)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
+
+    def add_up_projections(self, config: LatentConfig) -> None:
+        """The modules between the latent and the heads."""
+        self.kv_a_layernorm = LatentNorm(self.kv_lora_rank, config.latent_norm_eps)
+        width = config.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, width, bias=False)
+
+    def split_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, H, S, N + R]`` to their nope and rope parts."""
+        nope, rope = torch.split(q, [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        return nope, rope
+
+    def expand_kv(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, 1, T, C]`` and ``[B, 1, T, R]`` to keys ``[B, H, T, N + R]`` and values."""
+        batch, _, length, _ = latent.shape
+        sizes = [self.qk_nope_head_dim, self.v_head_dim]
+        heads = self.kv_b_proj(latent).view(batch, length, -1, sum(sizes)).transpose(1, 2)
+        k_nope, value = torch.split(heads, sizes, dim=-1)
+        key = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+        return key, value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of S new tokens over themselves and all cached ones.
+
+        Args:
+            hidden_states: ``[B, S, D]``.
+            position_embeddings: cos and sin ``[B, S, R]``.
+            attention_mask: what the host model makes for its attention implementation.
+            past_key_values: a LatentCache, or any cache of transformers, which then holds the
+                latent as its keys and the rotated key as its values, one head each.
+            **kwargs: passed on to the attention function.
+
+        Returns:
+            ``[B, S, D]`` and, from the eager implementation, the attention weights
+            ``[B, H, S, T]``.
+        """
+        batch, length = hidden_states.shape[:-1]
+        q = self.q_proj(hidden_states).view(batch, length, -1, self.config.query_dim)
+        q_nope, q_rope = self.split_query(q.transpose(1, 2))
+        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        sizes = [self.kv_lora_rank, self.qk_rope_head_dim]
+        latent, k_rope = torch.split(compressed, sizes, dim=-1)
+        latent = self.kv_a_layernorm(latent).view(batch, 1, length, self.kv_lora_rank)
+        k_rope = k_rope.view(batch, 1, length, self.qk_rope_head_dim)
+        cos, sin = position_embeddings
+        q_rope, k_rope = rotate(q_rope, cos, sin), rotate(k_rope, cos, sin)
+        if past_key_values is not None:
+            past = past_key_values.get_seq_length(self.layer_idx)
+            if isinstance(past_key_values, LatentCache):
+                rows = torch.cat((latent, k_rope), dim=-1)[:, 0]
+                past_key_values.append(self.layer_idx, rows)
+                if past > 0:
+                    return self.decode_pages(q_nope, q_rope, past_key_values, **kwargs)
+            else:
+                latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+                if past > 0:
+                    return self.decode(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
+        query = torch.cat((q_nope, q_rope), dim=-1)
+        key, value = self.expand_kv(latent, k_rope)
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
+
+    def up_projections(self) -> tuple[Tensor, Tensor]:
+        """``W_UK [H, N, C]`` and ``W_UV [H, V, C]``, views of ``kv_b_proj``."""
+        sizes = [self.qk_nope_head_dim, self.v_head_dim]
+        heads = self.kv_b_proj.weight.view(-1, sum(sizes), self.kv_lora_rank)
+        w_uk, w_uv = heads.split(sizes, dim=1)
+        return w_uk, w_uv
+
+    def absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """Queries in the cache's own coordinates ``[B, H, S, C + R]``, or R without nope part."""
+        if self.qk_nope_head_dim == 0:
+            return q_rope
+        return torch.cat((q_nope @ self.up_projections()[0], q_rope), dim=-1)
+
+    def project(self, context: Tensor) -> Tensor:
+        """Sums of latents ``[B, H, S, C]`` to the block's output ``[B, S, D]``."""
+        values = context @ self.up_projections()[1].transpose(1, 2)
+        return self.o_proj(values.transpose(1, 2).flatten(2))
+
+    def decode_pages(
+        self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The absorbed form on the pages, or on a window of them."""
+        window, length, longest = self.sliding_window, q_rope.shape[2], max(cache.lengths)
+        if window is not None and longest > window:
+            count = min(longest, window + length - 1)
+            rows = cache.read(self.layer_idx, count).unsqueeze(1)
+            latent, k_rope = rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            mask = additive(cache.visible(count, length, window), q_rope.dtype)
+            return self.decode(q_nope, q_rope, latent, k_rope, mask, **kwargs)
+        context, _ = mla_decode(
+            self.absorb(q_nope, q_rope).transpose(1, 2),
+            cache.pages[self.layer_idx],
+            cache.block_table,
+            cache.cache_seqlens,
+            self.kv_lora_rank,
+            softmax_scale=self.scaling,
+        )
+        return self.project(context.transpose(1, 2)), None
+
+    def decode(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The absorbed form on tensors ``[B, 1, T, C]`` and ``[B, 1, T, R]``.
+
+        Heads become rows of one head's queries, so no key is repeated.
+        """
+        batch, heads, length, _ = q_rope.shape
+        query = self.absorb(q_nope, q_rope).reshape(batch, 1, heads * length, -1)
+        key = k_rope if self.qk_nope_head_dim == 0 else torch.cat((latent, k_rope), dim=-1)
+        if attention_mask is not None and length > 1:
+            mask = attention_mask[..., : key.shape[2]].expand(batch, heads, length, -1)
+            attention_mask = mask.reshape(batch, 1, heads * length, -1)
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, weights = attention(
+            self,
+            query,
+            key,
+            latent,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=False,
+            **kwargs,
+        )
+        if weights is not None:
+            weights = weights.view(batch, heads, length, -1)
+        return self.project(context.reshape(batch, heads, length, -1)), weights
+
+
+class EqualCacheAttention(MLAttention):
+    """The ``equal-cache`` form: keys are the source's merged keys, rotated; no nope part.
+
+    Scores are RoPE(q_up[h] q_h) . RoPE(k) over the R = G d shared dims, values come from the
+    latent alone, so at conversion it equals grouped-query attention exactly and trained it stays
+    absorbable.
+    """
+
+    def add_up_projections(self, config: LatentConfig) -> None:
+        """Adds the up-projection of the queries."""
+        super().add_up_projections(config)
+        heads = config.num_attention_heads
+        self.q_up_proj = HeadProjection(heads, self.qk_rope_head_dim, config.query_dim)
+
+    def split_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, H, S, d]`` to an empty nope part and ``[B, H, S, R]``."""
+        return q[..., :0], self.q_up_proj(q)
+
+    def expand_kv(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``[B, H, T, R]``, a view of one shared key, and values ``[B, H, T, V]``."""
+        batch, _, length, _ = latent.shape
+        value = self.kv_b_proj(latent).view(batch, length, -1, self.v_head_dim).transpose(1, 2)
+        return k_rope.expand(-1, value.shape[1], -1, -1), value
+
+
+class ArticleAttention(MLAttention):
+    """The ``article`` form (TransMLA v1, arXiv 2502.07864): keys are rotated after the expansion.
+
+    The cache holds ``[c_v | c_k]`` unrotated, so a step expands and rotates all of it: nothing
+    can be absorbed.
+    """
+
+    def add_up_projections(self, config: LatentConfig) -> None:
+        """One up-projection for values and one for keys."""
+        half, heads = self.kv_lora_rank // 2, config.num_attention_heads
+        self.v_b_proj = nn.Linear(half, heads * self.v_head_dim, bias=False)
+        self.k_b_proj = nn.Linear(half, heads * self.qk_rope_head_dim, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        key_position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As MLAttention; ``key_position_embeddings`` are cos and sin of all T tokens.
+
+        Their last columns belong to the last cached tokens; without history
+        ``position_embeddings`` serve the keys as well.
+        """
+        batch, length = hidden_states.shape[:-1]
+        q = self.q_proj(hidden_states).view(batch, length, -1, self.config.query_dim)
+        query = rotate(q.transpose(1, 2), *position_embeddings)
+        latent = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        c_v, c_k = latent.chunk(2, dim=-1)
+        if past_key_values is not None:
+            past = past_key_values.get_seq_length(self.layer_idx)
+            if not isinstance(past_key_values, LatentCache):
+                c_v, c_k = past_key_values.update(c_v, c_k, self.layer_idx)
+            else:
+                past_key_values.append(self.layer_idx, latent[:, 0])
+                if past > 0:
+                    c_v, c_k, attention_mask = self.read_pages(past_key_values, query)
+        cos, sin = key_position_embeddings or position_embeddings
+        total = c_k.shape[2]
+        key = self.k_b_proj(c_k).view(batch, total, -1, self.qk_rope_head_dim).transpose(1, 2)
+        value = self.v_b_proj(c_v).view(batch, total, -1, self.v_head_dim).transpose(1, 2)
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            rotate(key, last_columns(cos, total), last_columns(sin, total)),
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
+
+    def read_pages(self, cache: LatentCache, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All cached ``c_v`` and ``c_k`` a query can see, and the mask to go with them."""
+        length, longest = query.shape[2], max(cache.lengths)
+        window = self.sliding_window
+        count = longest if window is None else min(longest, window + length - 1)
+        c_v, c_k = cache.read(self.layer_idx, count).unsqueeze(1).chunk(2, dim=-1)
+        return c_v, c_k, additive(cache.visible(count, length, window), query.dtype)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that both eager and SDPA attention add to the scores."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def last_columns(x: Tensor, count: int) -> Tensor:
+    """The last ``count`` columns of ``[B, T, R]``; zeros beyond T, for a cache of fixed size."""
+    if count <= x.shape[1]:
+        return x[:, x.shape[1] - count :]
+    return nn.functional.pad(x, (0, 0, 0, count - x.shape[1]))
+
+
+FORMS: dict[str, type[MLAttention]] = {
+    "compress": MLAttention,
+    "equal-cache": EqualCacheAttention,
+    "article": ArticleAttention,
+}

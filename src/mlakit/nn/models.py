@@ -1,0 +1,273 @@
+"""Model classes of converted checkpoints: the family's own layers around latent attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
+    MistralForCausalLM,
+    MistralModel,
+    MistralPreTrainedModel,
+)
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen2PreTrainedModel,
+)
+
+from mlakit.nn.cache import LatentCache
+from mlakit.nn.configs import MLALlamaConfig, MLAMistralConfig, MLAQwen2Config
+from mlakit.nn.latent_attention import (
+    FORMS,
+    HeadProjection,
+    LatentNorm,
+    LatentRotaryEmbedding,
+    MLAttention,
+)
+
+
+def install_latent_attention(model: Any) -> None:
+    """Replaces the attention and the rotary embedding of a family's bare decoder.
+
+    Args:
+        model: a LlamaModel, MistralModel or Qwen2Model built with a LatentConfig.
+    """
+    attention = FORMS[model.config.mla_form]
+    for index, layer in enumerate(model.layers):
+        layer.self_attn = attention(model.config, index)
+    model.rotary_emb = LatentRotaryEmbedding(model.config)
+    model.post_init()
+
+
+@torch.no_grad()
+def init_latent_weights(module: nn.Module, std: float) -> None:
+    """Initialises the parameters that only latent attention has."""
+    if isinstance(module, LatentNorm):
+        init.constant_(module.weight, module.variance_epsilon**0.5)
+    elif isinstance(module, HeadProjection):
+        init.normal_(module.weight, mean=0.0, std=std)
+
+
+def prepare_step(
+    model: Any,
+    tokens: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+) -> dict[str, Any]:
+    """What a step needs once for all layers: where tokens go, and positions of cached ones.
+
+    Args:
+        model: the decoder.
+        tokens: input ids ``[B, S]`` or embeddings ``[B, S, D]``.
+        attention_mask: the caller's mask.
+        position_ids: the caller's positions ``[B, S]``.
+        cache: the caller's cache.
+
+    Returns:
+        The arguments for the family's forward.
+    """
+    step: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
+    if cache is None or tokens is None:
+        return step
+    past, length = cache.get_seq_length(), tokens.shape[1]
+    if isinstance(cache, LatentCache):
+        cache.begin_step(tokens.shape[0], length, attention_mask)
+        if position_ids is None:
+            step["position_ids"] = cache.positions
+        if past > 0:
+            step["attention_mask"] = None  # decoding goes by the cache's own lengths
+    if past > 0 and model.config.mla_form == "article":
+        positions = _key_positions(step["position_ids"], attention_mask, past + length, cache)
+        weight = model.embed_tokens.weight
+        embeddings = model.rotary_emb(weight, positions.to(weight.device))
+        step["key_position_embeddings"] = embeddings
+    return step
+
+
+def _key_positions(
+    position_ids: Tensor | None, attention_mask: Tensor | None, total: int, cache: Cache
+) -> Tensor:
+    """Positions ``[B or 1, T]`` of all tokens, which end where the new tokens end."""
+    if position_ids is None:
+        return torch.arange(total).unsqueeze(0)
+    if isinstance(cache, LatentCache):
+        age = torch.arange(max(cache.lengths) - 1, -1, -1).unsqueeze(0)
+    elif isinstance(attention_mask, Tensor) and attention_mask.shape == (
+        attention_mask.shape[0],
+        total,
+    ):
+        counted = attention_mask.long().cumsum(dim=1)
+        age = counted[:, -1:] - counted
+    else:
+        age = torch.arange(total - 1, -1, -1).unsqueeze(0)
+    return (position_ids[:, -1:] - age.to(position_ids.device)).clamp_min(0)
+
+
+class MLALlamaModel(LlamaModel):
+    """LlamaModel with latent attention."""
+
+    config_class = MLALlamaConfig
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": MLAttention}  # noqa: RUF012
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: MLALlamaConfig) -> None:
+        super().__init__(config)
+        install_latent_attention(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_latent_weights(module, self.config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As LlamaModel's; a LatentCache is planned for the step first."""
+        tokens = inputs_embeds if input_ids is None else input_ids
+        step = prepare_step(self, tokens, attention_mask, position_ids, past_key_values)
+        return super().forward(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **step,
+            **kwargs,
+        )
+
+
+class MLALlamaForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM with latent attention."""
+
+    config_class = MLALlamaConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: MLALlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = MLALlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class MLAMistralModel(MistralModel):
+    """MistralModel with latent attention."""
+
+    config_class = MLAMistralConfig
+    _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MLAttention}  # noqa: RUF012
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: MLAMistralConfig) -> None:
+        super().__init__(config)
+        install_latent_attention(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_latent_weights(module, self.config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As MistralModel's; a LatentCache is planned for the step first."""
+        tokens = inputs_embeds if input_ids is None else input_ids
+        step = prepare_step(self, tokens, attention_mask, position_ids, past_key_values)
+        return super().forward(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **step,
+            **kwargs,
+        )
+
+
+class MLAMistralForCausalLM(MistralForCausalLM):
+    """MistralForCausalLM with latent attention."""
+
+    config_class = MLAMistralConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: MLAMistralConfig) -> None:
+        MistralPreTrainedModel.__init__(self, config)
+        self.model = MLAMistralModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class MLAQwen2Model(Qwen2Model):
+    """Qwen2Model with latent attention."""
+
+    config_class = MLAQwen2Config
+    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": MLAttention}  # noqa: RUF012
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: MLAQwen2Config) -> None:
+        super().__init__(config)
+        install_latent_attention(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_latent_weights(module, self.config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As Qwen2Model's; a LatentCache is planned for the step first."""
+        tokens = inputs_embeds if input_ids is None else input_ids
+        step = prepare_step(self, tokens, attention_mask, position_ids, past_key_values)
+        return super().forward(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **step,
+            **kwargs,
+        )
+
+
+class MLAQwen2ForCausalLM(Qwen2ForCausalLM):
+    """Qwen2ForCausalLM with latent attention."""
+
+    config_class = MLAQwen2Config
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: MLAQwen2Config) -> None:
+        Qwen2PreTrainedModel.__init__(self, config)
+        self.model = MLAQwen2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
