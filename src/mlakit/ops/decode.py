@@ -72,9 +72,10 @@ def _decode(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     choice = choose(q.device.type, q.dtype, os.environ.get("MLAKIT_KERNEL"))
-    out, lse = IMPLEMENTATIONS[choice.name](
-        q, k_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, causal
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = IMPLEMENTATIONS[choice.name](
+            q, k_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, causal
+        )
     return out.to(q.dtype).contiguous(), lse.float().contiguous()
 
 

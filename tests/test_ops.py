@@ -1,0 +1,383 @@
+"""Every implementation of mla_decode against float64, and FlashMLA's interface on top of it.
+
+Unused cache rows hold NaN and unused table entries hold a page number that no cache has, so a
+test that passes has touched neither.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlakit.errors import UsageError
+from mlakit.ops import cpu as cpu_path
+from mlakit.ops import flash_mla_with_kvcache, get_mla_metadata, mla_decode
+from mlakit.ops.choose import choose
+from mlakit.ops.decode import IMPLEMENTATIONS
+from mlakit.ops.flash_mla import tile_schedule
+
+GARBAGE = 2147480000
+FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+HEADS = [
+    (1, 1), (3, 1), (3, 3), (9, 1), (9, 3), (63, 1), (64, 1), (64, 2), (64, 8), (128, 1), (128, 2),
+    (128, 8),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of one decode call."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    block_table: torch.Tensor
+    cache_seqlens: torch.Tensor
+    kv_lora_rank: int
+    softmax_scale: float
+    causal: bool
+
+    @property
+    def args(self) -> tuple:
+        return tuple(vars(self).values())
+
+    def run(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return IMPLEMENTATIONS[name](*self.args)
+
+    def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
+        *tensors, scale, causal = self.args
+        return mla_decode(*tensors, softmax_scale=scale, causal=causal)
+
+
+def problem(
+    lengths, heads, *, kv_heads=1, queries=1, rank=512, rope=64, width=None, block_size=64,
+    dtype=torch.float32, causal=True, seed=0,
+):  # fmt: skip
+    """Random tensors (FlashMLA's tests: normal / 10, clamped to +-1), pages shuffled, rest NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    row, batch = rank + rope, len(lengths)
+    used = [-(-length // block_size) for length in lengths]
+    num_blocks = sum(used) + 2
+    q = torch.randn(batch, queries, heads, width or row, generator=generator)
+    k_cache = torch.randn(num_blocks, block_size, kv_heads, row, generator=generator)
+    q, k_cache = ((tensor / 10).clamp(-1, 1).to(dtype) for tensor in (q, k_cache))
+    order = torch.randperm(num_blocks, generator=generator).tolist()
+    block_table = torch.full((batch, max(used, default=0) + 2), GARBAGE, dtype=torch.int32)
+    unused = torch.ones(num_blocks, block_size, dtype=torch.bool)
+    for b, length in enumerate(lengths):
+        pages = [order.pop() for _ in range(used[b])]
+        block_table[b, : used[b]] = torch.tensor(pages, dtype=torch.int32)
+        for page in pages:
+            unused[page, : min(block_size, length - block_size * pages.index(page))] = False
+    k_cache[unused] = math.nan
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    return Problem(q, k_cache, block_table, seqlens, rank, (width or row) ** -0.5, causal)
+
+
+def assert_close(got, want, *, absolute, relative, cosine, lse_relative):
+    """FlashMLA's own criterion: element-wise, in direction, and infinities in the same places."""
+    (out, lse), (true_out, true_lse) = [
+        (pair[0].double(), pair[1].double()) for pair in (got, want)
+    ]
+    assert torch.equal(lse.isinf(), true_lse.isinf())
+    assert not out.isnan().any() and not lse.isnan().any()
+    error = (out - true_out).abs()
+    assert ((error < absolute) | (error < relative * true_out.abs())).all(), error.max()
+    norm = (out.square().sum() + true_out.square().sum()).item()
+    if norm:
+        assert 1 - 2 * (out * true_out).sum().item() / norm < cosine
+    finite = true_lse.isfinite()
+    error, size = (lse - true_lse)[finite].abs(), true_lse[finite].abs()
+    assert ((error < 1e-6) | (error < lse_relative * size)).all(), error.max()
+
+
+# FlashMLA's tests/test_flash_mla_dense_decoding.py, for 16-bit tensors.
+SIXTEEN_BITS = {
+    "absolute": 8e-4,
+    "relative": 2.01 / 128,
+    "cosine": 5e-6,
+    "lse_relative": 8.01 / 65536,
+}
+# float32 rounding, 2^-24, of a score of up to 1024 products: sqrt(1024) * 2^-24 = 2e-6 in the
+# exponent, so as much relative to the weights; 5 times that for safety. Values are below 1.
+THIRTY_TWO_BITS = {"absolute": 1e-5, "relative": 1e-5, "cosine": 1e-9, "lse_relative": 1e-5}
+TOLERANCE = {
+    torch.bfloat16: SIXTEEN_BITS,
+    torch.float16: SIXTEEN_BITS,
+    torch.float32: THIRTY_TWO_BITS,
+}
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_flash_mla_dense_matrix(heads, kv_heads, queries):
+    """FlashMLA's dense matrix at 576/512 in bfloat16, batches and contexts cut to CPU size."""
+    random = torch.Generator().manual_seed(heads)
+    for index, (context, varlen, causal) in enumerate(
+        [(c, v, k) for c in (20, 140) for v in (False, True) for k in (False, True)]
+    ):
+        lengths = torch.full(
+            ((1, 2, 6)[index % 3] if heads < 63 else 1 + index % 2,), float(context)
+        )
+        if varlen:
+            lengths = torch.normal(lengths, context / 2, generator=random).clamp_min(queries)
+        case = problem(
+            lengths.int().tolist(), heads, kv_heads=kv_heads, queries=queries, causal=causal,
+            dtype=torch.bfloat16, seed=index,
+        )  # fmt: skip
+        assert_close(case.decode(), case.run("reference"), **SIXTEEN_BITS)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_long_ragged_and_empty_sequences(name, dtype):
+    """Lengths around page and chunk borders; half of the batch empty, as in FlashMLA's tests."""
+    lengths = [0, 1, 0, 511, 0, 512, 513, 0, 1100, 0]
+    for causal in (False, True):
+        case = problem(lengths, 4, queries=2, causal=causal, dtype=dtype)
+        assert_close(case.run(name), case.run("reference"), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_rows_without_a_key(name):
+    """Causal queries before the first key, and empty sequences: out 0 and lse +inf."""
+    case = problem([0, 1, 3], 2, queries=3, rank=8, rope=4)
+    out, lse = case.run(name)
+    empty = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    assert (out[empty] == 0).all()
+    assert torch.equal(lse == math.inf, empty[:, None].expand_as(lse))
+
+
+@pytest.mark.parametrize("name", FAST)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_rank_rope_page_and_head_count(name, data):
+    rank, rope = data.draw(st.integers(1, 130)), data.draw(st.integers(0, 40))
+    kv_heads = data.draw(st.sampled_from([1, 1, 2, 3]))
+    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
+    case = problem(
+        data.draw(st.lists(st.integers(0, 90) | st.integers(500, 600), min_size=1, max_size=3)),
+        kv_heads * data.draw(st.integers(1, 5)),
+        kv_heads=kv_heads,
+        queries=data.draw(st.integers(1, 4)),
+        rank=rank,
+        rope=rope,
+        width=data.draw(st.none() | st.integers(1, rank + rope)),
+        block_size=data.draw(st.sampled_from([16, 32, 64])),
+        dtype=dtype,
+        causal=data.draw(st.booleans()),
+        seed=data.draw(st.integers(0, 9)),
+    )
+    assert_close(case.run(name), case.run("reference"), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_scores_over_the_rope_columns_alone(name):
+    """Equal-cache mode: values from the first C columns, scores over the last R, nothing shared."""
+    case = problem([70, 5], 4, rank=32, rope=32, width=32)
+    rows = case.k_cache[case.block_table[1, 0].item(), :5, 0].double()
+    scores = torch.einsum("hw,tw->ht", case.q[1, 0].double(), rows[:, 32:]) * case.softmax_scale
+    want = torch.softmax(scores, -1) @ rows[:, :32]
+    torch.testing.assert_close(case.run(name)[0][1, 0].double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_pages_side_by_side_equal_pages_apart(name):
+    """Neighbouring pages take a path without copies on the CPU; the numbers are the same."""
+    case = problem([600, 130], 3, rank=40, rope=8, block_size=16)
+    pages = torch.cat([case.block_table[0, :38], case.block_table[1, :9]]).long()
+    table = torch.full_like(case.block_table, GARBAGE)
+    table[0, :38], table[1, :9] = torch.arange(38), torch.arange(38, 47)
+    together = replace(case, k_cache=case.k_cache[pages], block_table=table)
+    for got, want in zip(together.run(name), case.run(name)):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+def test_float64_is_computed_in_float64():
+    case = problem([70, 9], 3, rank=20, rope=4)
+    case = replace(case, q=case.q.double(), k_cache=case.k_cache.double())
+    assert case.decode()[0].dtype == torch.float64
+    torch.testing.assert_close(case.decode()[0], case.run("reference")[0], atol=1e-14, rtol=1e-12)
+
+
+def test_three_runs_agree_bit_for_bit():
+    case = problem([700, 3, 64], 9, queries=2, dtype=torch.bfloat16)
+    first, second, third = (case.decode() for _ in range(3))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_change_nothing(monkeypatch, inference):
+    """Sequences on Python threads: the same bits, in any grad mode, and no trace afterwards."""
+    case = problem([130, 0, 600, 1, 70], 5, queries=2, rank=64, rope=16)
+    case.q.requires_grad_(not inference)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = case.run("cpu")
+        torch.set_num_threads(3)
+        monkeypatch.setattr(cpu_path, "THREAD_FLOPS", 1)
+        with torch.inference_mode(inference):
+            got = case.decode()
+        assert torch.get_num_threads() == 3
+        seen = []
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen == [3]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_autocast_does_not_reach_inside(monkeypatch, name):
+    monkeypatch.setenv("MLAKIT_KERNEL", name)
+    case = problem([130, 600], 5, rank=64, rope=16)
+    want = case.decode()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = case.decode()
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_operator_declares_what_it_does():
+    """torch's own checks of schema, fake kernel, autograd registration and tracing."""
+    case = problem([70, 5], 2, queries=2, rank=16, rope=8)
+    torch.library.opcheck(torch.ops.mlakit.mla_decode.default, case.args)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_graph_breaks(backend):
+    case = problem([70, 5], 2, queries=2, rank=16, rope=8)
+
+    def step(q, k_cache, block_table, cache_seqlens):
+        schedule, splits = get_mla_metadata()
+        return flash_mla_with_kvcache(
+            q * 1.0, k_cache, block_table, cache_seqlens, 16, schedule, splits, causal=True
+        )
+
+    tensors = case.args[:4]
+    torch._dynamo.reset()
+    got = torch.compile(step, fullgraph=True, backend=backend)(*tensors)
+    assert all(torch.equal(a, b) for a, b in zip(got, step(*tensors)))
+
+
+def test_backward_is_refused():
+    case = problem([5], 2, rank=16, rope=8)
+    case.q.requires_grad_()
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        case.decode()[0].sum().backward()
+
+
+REFUSED = {
+    "q has shape": lambda p: replace(p, q=p.q[0]),
+    "k_cache has shape": lambda p: replace(p, k_cache=p.k_cache[:, :, 0]),
+    "q is torch.bfloat16 and k_cache is torch.float32": lambda p: replace(p, q=p.q.bfloat16()),
+    "both should be the same of": lambda p: replace(p, q=p.q.int(), k_cache=p.k_cache.int()),
+    "divisible by kv heads": lambda p: replace(p, k_cache=p.k_cache.repeat(1, 1, 2, 1)),
+    "q should have 1 to 24 columns": lambda p: replace(p, q=p.q.repeat(1, 1, 1, 2)),
+    "kv_lora_rank is 25": lambda p: replace(p, kv_lora_rank=25),
+    "kv_lora_rank is 0": lambda p: replace(p, kv_lora_rank=0),
+    "block_table has shape": lambda p: replace(p, block_table=p.block_table[:1]),
+    "cache_seqlens has shape": lambda p: replace(p, cache_seqlens=p.cache_seqlens[:1]),
+    "block_table is torch.int64": lambda p: replace(p, block_table=p.block_table.long()),
+    "cache_seqlens is torch.int64": lambda p: replace(p, cache_seqlens=p.cache_seqlens.long()),
+    "cache_seqlens is on meta": lambda p: replace(p, cache_seqlens=p.cache_seqlens.to("meta")),
+    "q is not contiguous": lambda p: replace(p, q=p.q.mT.contiguous().mT),
+    r"cache_seqlens\[0\] is 999": lambda p: replace(p, cache_seqlens=p.cache_seqlens + 929),
+    r"cache_seqlens\[0\] is -1": lambda p: replace(p, cache_seqlens=p.cache_seqlens - 71),
+    r"block_table\[0\] uses pages": lambda p: replace(p, block_table=p.block_table + 100),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_inputs(message):
+    case = problem([70, 71], 3, rank=16, rope=8)
+    with pytest.raises(UsageError, match=message):
+        REFUSED[message](case).decode()
+
+
+def test_flash_mla_both_generations():
+    """2025: three arguments give two tensors. 2026: none give a schedule object and None."""
+    case = problem([70, 5], 4, queries=2, rank=512, dtype=torch.bfloat16)
+    want = case.decode()
+    tensors = (case.q, case.k_cache, case.block_table, case.cache_seqlens, 512)
+    metadata, splits = get_mla_metadata(case.cache_seqlens, 2 * 4 // 1, 1)
+    assert metadata.dtype == splits.dtype == torch.int32
+    assert metadata.shape[1:] == (8,) and splits.shape == (3,)
+    old = flash_mla_with_kvcache(*tensors, metadata, splits, causal=True)
+    schedule, nothing = get_mla_metadata()
+    new = flash_mla_with_kvcache(*tensors, schedule, nothing, causal=True)
+    for got in (old, new):
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert old[0].shape == (2, 2, 4, 512) and old[1].shape == (2, 4, 2)
+    with pytest.raises(UsageError, match="first used for"):
+        flash_mla_with_kvcache(*tensors, schedule, causal=False)
+    with pytest.raises(UsageError, match="not one for a batch of 2"):
+        flash_mla_with_kvcache(*tensors, metadata)
+    with pytest.raises(UsageError, match="not what get_mla_metadata returns"):
+        flash_mla_with_kvcache(*tensors, schedule, splits)
+    with pytest.raises(UsageError, match="some of its arguments"):
+        get_mla_metadata(case.cache_seqlens)
+    with pytest.raises(TypeError, match="is_fp8_kvcache"):
+        flash_mla_with_kvcache(*tensors, metadata, splits, is_fp8_kvcache=True)
+
+
+def test_causal_is_off_by_default_in_flash_mla_only():
+    case = problem([9], 1, queries=2, rank=8, rope=4)
+    tensors = (*case.args[:4], 8)
+    out = flash_mla_with_kvcache(*tensors, *get_mla_metadata())[0]
+    torch.testing.assert_close(out, replace(case, causal=False).decode()[0], atol=0, rtol=0)
+    assert not torch.equal(out, case.decode()[0])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 5000), max_size=12), st.integers(1, 132))
+def test_schedule_covers_every_block_once(lengths, parts):
+    rows, splits = tile_schedule(lengths, parts)
+    assert len(rows) == parts and len(splits) == len(lengths) + 1
+    blocks = [math.ceil(length / 64) for length in lengths]
+    covered = [[] for _ in lengths]
+    pieces = [0] * len(lengths)
+    for first, first_block, last, last_end, first_split, *_ in rows:
+        for request in range(first, last + 1):
+            assert pieces[request] == (first_split if request == first else 0)
+            begin = first_block if request == first else 0
+            covered[request] += range(begin, last_end if request == last else blocks[request])
+            pieces[request] += 1
+    assert covered == [list(range(count)) for count in blocks]
+    assert [b - a for a, b in itertools.pairwise(splits)] == pieces
+    assert sum(pieces) <= len(lengths) + parts
+
+
+def test_choice_of_implementation(monkeypatch):
+    assert choose("cpu", torch.bfloat16).name == "cpu"
+    assert choose("cpu", torch.float64).name == "torch"
+    assert choose("cuda", torch.bfloat16).name == "torch"
+    assert "MLAKIT_KERNEL" in choose("cpu", torch.float32, "reference").reason
+    with pytest.raises(UsageError, match="no implementation"):
+        choose("cpu", torch.float32, "magic")
+    with pytest.raises(UsageError, match="cannot run"):
+        choose("cuda", torch.float32, "cpu")
+    case = problem([70, 5], 2, rank=16, rope=8)
+    monkeypatch.setenv("MLAKIT_KERNEL", "reference")
+    assert torch.equal(case.decode()[0], case.run("reference")[0].float())
+
+
+def test_ops_imports_torch_alone():
+    code = (
+        "import sys\nfrom mlakit.ops import *\nassert mla_decode\n"
+        "print([m for m in ('transformers', 'triton') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
