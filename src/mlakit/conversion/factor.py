@@ -144,16 +144,8 @@ def article(weights: AttentionWeights, spec: AttentionSpec) -> Tensors:
     }
 
 
-def compress_query(
-    weights: AttentionWeights, rotation: Rotation, gain: float = 1.0
-) -> torch.Tensor:
+def compress_query(weights: AttentionWeights, rotation: Rotation) -> torch.Tensor:
     """The query projection of the partial-RoPE model and of its compressed form.
-
-    Args:
-        weights: the source layer.
-        rotation: which components stay rotated.
-        gain: RoPE's own factor on the scores (the square of what it multiplies cos and sin by);
-            the part that is no longer rotated has to carry it itself.
 
     Returns:
         ``[H (d + R), D+1]``: per head the d original rows, then the R rows that meet the shared
@@ -162,7 +154,7 @@ def compress_query(
     groups, dim = weights.k.shape[:2]
     per_group = rotation.rope.view(-1, groups, dim).transpose(0, 1)  # [G, R, d]
     rope = per_group[weights.group_of_head] @ weights.q
-    return torch.cat([weights.q * gain, rope], 1).flatten(0, 1)
+    return torch.cat([weights.q, rope], 1).flatten(0, 1)
 
 
 def balance_ratio(key_moment: torch.Tensor, value_moment: torch.Tensor, rope_dim: int) -> float:
@@ -239,7 +231,6 @@ def compress(
     spec: AttentionSpec,
     rotation: Rotation,
     low_rank: LowRank,
-    gain: float = 1.0,
 ) -> Tensors:
     """DeepSeek-shaped tensors of a compressed layer; the output projection stays as it is.
 
@@ -253,7 +244,7 @@ def compress(
     up = torch.cat([key_up, value_up], 1)[weights.group_of_head].flatten(0, 1)
     down = torch.cat([low_rank.down, rotation.rope @ weights.keys])
     return {
-        **with_bias("q_proj", compress_query(weights, rotation, gain), spec.q_bias),
+        **with_bias("q_proj", compress_query(weights, rotation), spec.q_bias),
         **with_bias("kv_a_proj_with_mqa", down, spec.kv_bias),
         "kv_b_proj.weight": up,
     }

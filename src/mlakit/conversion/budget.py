@@ -1,0 +1,205 @@
+"""From what the user asked for to the sizes of the target layers, or a refusal that helps.
+
+No torch here: plans are made from configs and headers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mlakit.errors import UsageError
+from mlakit.spec import AttentionSpec, RopeSpec
+
+EqualCacheForm = Literal["absorbed", "article"]
+
+SCALE_FREE_ROPE = ("default", "linear", "llama3")
+"""Scaling rules that look at a frequency alone: every c-th one of dimension d is then the schedule
+of dimension d/c. YaRN ramps over the index of a frequency, so its schedules do not nest."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a conversion shall reach.
+
+    Attributes:
+        equal_cache: keep the cache's bytes and convert exactly; else compress.
+        form: ``absorbed`` or, as the article writes it, ``article``; for ``equal_cache``.
+        cache_ratio: share of the source's own cache to keep, between 0 and 1.
+        kv_lora_rank: C, instead of a ratio.
+        qk_rope_head_dim: R, the rotary dimensions kept; the source's head size if None.
+        method: how to compress; ``transmla``.
+        freqfold: frequencies folded together, or ``auto``.
+    """
+
+    equal_cache: bool = False
+    form: EqualCacheForm = "absorbed"
+    cache_ratio: float | None = None
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    method: str = "transmla"
+    freqfold: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.form not in ("absorbed", "article"):
+            raise UsageError(f"There is no form {self.form!r}", remedy="use absorbed or article")
+        if self.method != "transmla":
+            raise UsageError(f"There is no method {self.method!r}", remedy="use transmla")
+        sizes = (self.cache_ratio, self.kv_lora_rank, self.qk_rope_head_dim)
+        if self.equal_cache:
+            if any(size is not None for size in sizes) or self.freqfold != "auto":
+                raise UsageError(
+                    "--equal-cache fixes every size itself",
+                    remedy="leave out --cache-ratio, --kv-lora-rank, --qk-rope-head-dim and"
+                    " --freqfold, or leave out --equal-cache to compress",
+                )
+            return
+        if self.form != "absorbed":
+            raise UsageError("--form belongs to --equal-cache", remedy="add --equal-cache")
+        if (self.cache_ratio is None) == (self.kv_lora_rank is None):
+            raise UsageError(
+                "Say how much cache to keep, once",
+                remedy="give one of --equal-cache, --cache-ratio 0.5 or --kv-lora-rank 512",
+            )
+
+
+def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
+    """The latent layer that a source layer becomes.
+
+    Raises:
+        UsageError: the goal cannot be met; names the nearest two that can.
+    """
+    rope = source.rope
+    if rope is None or rope.dim != source.head_dim:
+        raise UsageError("Only layers whose whole head is rotated can be converted")
+    groups, dim = source.num_key_value_heads, source.head_dim
+    latent = replace(source, num_key_value_heads=source.num_attention_heads, v_head_dim=dim)
+    if goal.equal_cache and goal.form == "article":
+        return replace(
+            latent,
+            mla_form="article",
+            kv_lora_rank=2 * groups * dim,
+            qk_nope_head_dim=0,
+            qk_rope_head_dim=dim,
+        )
+    if goal.equal_cache:
+        return replace(
+            latent,
+            mla_form="equal-cache",
+            kv_lora_rank=groups * dim,
+            qk_nope_head_dim=0,
+            qk_rope_head_dim=groups * dim,
+            rope=replace(rope, blocks=groups),
+        )
+    rope_dim = dim if goal.qk_rope_head_dim is None else goal.qk_rope_head_dim
+    _check_rope_dim(rope, rope_dim)
+    _check_freqfold(dim, rope_dim, goal.freqfold)
+    return replace(
+        latent,
+        mla_form="compress",
+        kv_lora_rank=_rank(2 * groups * dim, rope, rope_dim, goal),
+        qk_nope_head_dim=dim,
+        qk_rope_head_dim=rope_dim,
+        rope=replace(rope, dim=rope_dim),
+    )
+
+
+def freqfold_choices(head_dim: int, rope_dim: int) -> list[int]:
+    """Every fold that keeps exactly the frequencies of dimension ``rope_dim``, ascending."""
+    collapse, half = head_dim // rope_dim, head_dim // 2
+    return [fold for fold in range(collapse, half + 1, collapse) if half % fold == 0]
+
+
+def freqfold_candidates(head_dim: int, rope_dim: int) -> list[int]:
+    """What ``auto`` tries, as published: from the collapse c = d/R, doubling."""
+    choices = freqfold_choices(head_dim, rope_dim)
+    folds = [choices[0]]
+    while 2 * folds[-1] in choices:
+        folds.append(2 * folds[-1])
+    return folds
+
+
+def _rope_choices(rope: RopeSpec) -> list[int]:
+    dim = rope.dim
+    if rope.rope_type not in SCALE_FREE_ROPE:
+        return [dim]
+    return [size for size in range(2, dim + 1, 2) if dim % size == 0]
+
+
+def _check_rope_dim(rope: RopeSpec, rope_dim: int) -> None:
+    choices = _rope_choices(rope)
+    if rope_dim in choices:
+        return
+    if len(choices) == 1 and rope.dim > 2:
+        raise UsageError(
+            f"--qk-rope-head-dim {rope_dim}: the frequencies of rope_type {rope.rope_type!r}"
+            f" depend on how many there are, so only all {rope.dim} dimensions can be kept",
+            remedy=f"use --qk-rope-head-dim {rope.dim}",
+        )
+    raise UsageError(
+        f"--qk-rope-head-dim {rope_dim} must be even and divide the head size {rope.dim}",
+        remedy=f"the nearest are {_two_nearest(choices, rope_dim)}",
+    )
+
+
+def _check_freqfold(dim: int, rope_dim: int, freqfold: int | Literal["auto"]) -> None:
+    choices = freqfold_choices(dim, rope_dim)
+    if freqfold == "auto" or freqfold in choices:
+        return
+    if not isinstance(freqfold, int):
+        raise UsageError(f"--freqfold {freqfold!r} is neither a number nor auto")
+    raise UsageError(
+        f"--freqfold {freqfold} must be a multiple of {dim // rope_dim} (head size {dim} over"
+        f" {rope_dim} rotary dimensions) and divide {dim // 2} frequencies",
+        remedy=f"the nearest are {_two_nearest(choices, freqfold)}",
+    )
+
+
+def _rank(full: int, rope: RopeSpec, rope_dim: int, goal: Goal) -> int:
+    """C; ``full`` is what the source caches per token, ``2 G d`` numbers."""
+    highest = full - rope_dim
+    if goal.kv_lora_rank is not None:
+        if not 1 <= goal.kv_lora_rank <= highest:
+            raise UsageError(
+                f"--kv-lora-rank {goal.kv_lora_rank} is not between 1 and {highest}: the source"
+                f" caches {full} numbers per token and layer, {rope_dim} of them stay rotated",
+                remedy=f"the nearest are --kv-lora-rank {highest if goal.kv_lora_rank > 1 else 1}"
+                " and --equal-cache (exact, the source's own bytes)",
+            )
+        return goal.kv_lora_rank
+    ratio = goal.cache_ratio or 0.0
+    if not 0 < ratio <= 1:
+        raise UsageError(
+            f"--cache-ratio {ratio:g} is not between 0 and 1: it is the share of the source's own"
+            " cache that is kept",
+            remedy="the nearest are --cache-ratio 1 and --equal-cache (exact, the same bytes)"
+            if ratio > 1
+            else f"the smallest with {rope_dim} rotary dimensions is --cache-ratio"
+            f" {_ratio(rope_dim + 1, full)}",
+        )
+    width = math.floor(ratio * full + 1e-9)
+    if width > rope_dim:
+        return width - rope_dim
+    fitting = [size for size in _rope_choices(rope) if size < width]
+    other = (
+        f"--cache-ratio {ratio:g} --qk-rope-head-dim {fitting[-1]}"
+        if fitting
+        else f"--cache-ratio {_ratio(_rope_choices(rope)[0] + 1, full)}"
+        f" --qk-rope-head-dim {_rope_choices(rope)[0]}"
+    )
+    raise UsageError(
+        f"--cache-ratio {ratio:g} keeps {width} of {full} numbers per token and layer; {rope_dim}"
+        " rotary dimensions leave no room for a latent",
+        remedy=f"the nearest are --cache-ratio {_ratio(rope_dim + 1, full)} and {other}",
+    )
+
+
+def _ratio(width: int, full: int) -> str:
+    """The smallest ratio of four decimals that keeps ``width`` of ``full`` numbers."""
+    return f"{math.ceil(width / full * 1e4) / 1e4:g}"
+
+
+def _two_nearest(choices: list[int], wanted: int) -> str:
+    nearest = sorted(sorted(choices, key=lambda size: abs(size - wanted))[:2])
+    return " and ".join(str(size) for size in nearest)

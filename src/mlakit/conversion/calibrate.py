@@ -1,0 +1,229 @@
+"""What calibration text says about each layer: second moments, and how well a rotation does.
+
+Every statistic of the method follows from ``E[x x^T]`` of a layer's inputs, because queries, keys
+and values are linear in them; activations are looked at once and forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mlakit.conversion.factor import AttentionWeights, compress_query, read_weights
+from mlakit.conversion.plan import BATCH_TOKENS, HELD_OUT, Calibration
+from mlakit.conversion.rotate import Rotation
+from mlakit.conversion.stream import LayerReader
+from mlakit.data import token_windows
+from mlakit.errors import MlakitError
+from mlakit.spec import AttentionSpec
+
+
+def choose_windows(text: str, model_path: Path, plan: Calibration) -> torch.Tensor:
+    """Token windows ``[windows, T]`` of the calibration text.
+
+    A text longer than needed gives windows from all over it, chosen by the plan's seed; a shorter
+    one gives all it has.
+
+    Raises:
+        MlakitError: the text has fewer than two windows, or the tokenizer cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise MlakitError(
+            f"The source's tokenizer cannot be loaded from {model_path}: {error}",
+            remedy="put the tokenizer files beside config.json; calibration needs them",
+        ) from error
+    windows = token_windows(text, tokenizer, plan.window)
+    wanted = max(plan.tokens // plan.window, 2)
+    if len(windows) < 2:
+        raise MlakitError(
+            f"The calibration text gives {len(windows)} window of {plan.window} tokens;"
+            " two are the least",
+            remedy="give a longer text, or a smaller --calibration-tokens",
+        )
+    if len(windows) > wanted:
+        chosen = random.Random(plan.seed).sample(range(len(windows)), wanted)
+        windows = [windows[index] for index in sorted(chosen)]
+    return torch.tensor(windows)
+
+
+def split_held_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows statistics are taken from, and the last eighth, at least one, held out."""
+    held_out = max(1, len(windows) // HELD_OUT)
+    return windows[:-held_out], windows[-held_out:]
+
+
+def batch_size(length: int) -> int:
+    """Windows of ``length`` tokens that go through a layer together."""
+    return max(1, BATCH_TOKENS // length)
+
+
+class Moment:
+    """``E[x x^T]`` of a layer's attention inputs with a one appended, float64.
+
+    Attach it to a layer, run the layer, read ``value``.
+    """
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._count = 0
+
+    def watch(self, attention: nn.Module) -> None:
+        """Sees every input of this attention module from now on."""
+        attention.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    @property
+    def value(self) -> torch.Tensor:
+        """``[D+1, D+1]``."""
+        if self._sum is None:
+            raise MlakitError("No calibration window went through the layer")
+        return self._sum / self._count
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = (args[0] if args else kwargs["hidden_states"]).flatten(0, -2).double()
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        square = x.mT @ x
+        self._sum = square if self._sum is None else self._sum + square
+        self._count += len(x)
+
+
+class PartialRope(nn.Module):
+    """Attention of the partial-RoPE model: rotated keys shared by all heads, the rest unrotated.
+
+    Stands in for the family's attention module inside its decoder layer. Between the source and
+    the compressed model: exact but for the dropped rotation.
+
+    Args:
+        weights: the source layer.
+        rotation: which components stay rotated.
+        spec: the source layer.
+        o_proj: the source's output projection.
+    """
+
+    def __init__(
+        self,
+        weights: AttentionWeights,
+        rotation: Rotation,
+        spec: AttentionSpec,
+        o_proj: nn.Module,
+    ) -> None:
+        super().__init__()
+        half = rotation.frequencies + spec.head_dim // 2
+        self.spec = spec
+        self.columns = torch.cat([rotation.frequencies, half])
+        self.query = _linear(compress_query(weights, rotation))
+        self.key = _linear(rotation.nope.mT @ (rotation.nope @ weights.keys))
+        self.rope = _linear(rotation.rope @ weights.keys)
+        self.value = _linear(weights.values)
+        self.o_proj = o_proj
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The block's output ``[B, T, D]``; arguments as the family's attention takes them."""
+        dim, groups = self.spec.head_dim, self.spec.num_key_value_heads
+        heads = self.spec.num_attention_heads
+
+        def split(x: torch.Tensor, count: int) -> torch.Tensor:
+            return x.unflatten(-1, (count, -1)).transpose(1, 2)  # [B, heads, T, size]
+
+        cos, sin = (angle[:, None][..., self.columns] for angle in position_embeddings)
+
+        def turn(x: torch.Tensor) -> torch.Tensor:
+            real, imag = x.chunk(2, -1)
+            return x * cos + torch.cat([-imag, real], -1) * sin
+
+        query, query_rope = split(self.query(hidden_states), heads).split(
+            [dim, len(self.columns)], -1
+        )
+        query = torch.cat([query, turn(query_rope)], -1)
+        rope = turn(self.rope(hidden_states)[:, None]).expand(-1, groups, -1, -1)
+        key = torch.cat([split(self.key(hidden_states), groups), rope], -1)
+        value = split(self.value(hidden_states), groups)
+        repeats = heads // groups
+        out = functional.scaled_dot_product_attention(
+            query,
+            key.repeat_interleave(repeats, 1),
+            value.repeat_interleave(repeats, 1),
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.spec.softmax_scale,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def layer_weights(reader: LayerReader, index: int) -> AttentionWeights:
+    """The float64 projections of a source layer, on the reader's device."""
+    tensors = {
+        name.removeprefix("self_attn."): tensor.to(reader.device)
+        for name, tensor in reader.tensors(index).items()
+        if name.startswith("self_attn.") or name == "input_layernorm.weight"
+    }
+    return read_weights(tensors, tensors["input_layernorm.weight"], reader.spec.layers[index])
+
+
+def partial_rope_layer(reader: LayerReader, index: int, rotation: Rotation) -> Any:
+    """The one-layer model of ``LayerReader.layer`` with its attention partially unrotated."""
+    model = reader.layer(index)
+    layer = model.layers[0]
+    layer.self_attn = PartialRope(
+        layer_weights(reader, index), rotation, reader.spec.layers[index], layer.self_attn.o_proj
+    )
+    return model
+
+
+@torch.no_grad()
+def run_layer(
+    model: Any, batches: Iterable[torch.Tensor], device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Hidden states ``[b, T, D]`` after a one-layer model, batch by batch, on the CPU."""
+    for batch in batches:
+        hidden = batch.to(device)
+        yield model(inputs_embeds=hidden, use_cache=False).last_hidden_state.cpu()
+
+
+@torch.no_grad()
+def partial_rope_perplexity(
+    reader: LayerReader,
+    windows: torch.Tensor,
+    rotation_of: Callable[[int], Rotation],
+    on_layer: Callable[[], None],
+) -> float:
+    """Perplexity of the partial-RoPE model on held-out windows ``[windows, T]``."""
+    size = batch_size(windows.shape[1])
+    hidden: Sequence[torch.Tensor] = list(reader.embed(windows, size))
+    for index in range(reader.spec.num_hidden_layers):
+        model = partial_rope_layer(reader, index, rotation_of(index))
+        hidden = list(run_layer(model, hidden, reader.device))
+        on_layer()
+    norm, output = reader.head()
+    total, count = 0.0, 0
+    for batch, ids in zip(hidden, windows.split(size), strict=True):
+        for states, tokens in zip(batch, ids, strict=True):  # one window's logits at a time
+            logits = norm(states[:-1].to(reader.device)) @ output.mT
+            loss = functional.cross_entropy(logits, tokens[1:].to(reader.device), reduction="sum")
+            total, count = total + float(loss), count + len(tokens) - 1
+    return math.exp(total / count)
+
+
+def _linear(augmented: torch.Tensor) -> nn.Linear:
+    """A float32 layer from ``[rows, D+1]``, bias last."""
+    rows, columns = augmented.shape
+    layer = nn.Linear(columns - 1, rows, device="meta")
+    layer.weight = nn.Parameter(augmented[:, :-1].float(), requires_grad=False)
+    layer.bias = nn.Parameter(augmented[:, -1].float(), requires_grad=False)
+    return layer

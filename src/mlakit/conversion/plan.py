@@ -1,0 +1,385 @@
+"""What a conversion will do, before it does it: every tensor, byte and warning. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mlakit import __version__
+from mlakit.checkpoint import Checkpoint, write_json_atomic
+from mlakit.conversion.budget import Goal, freqfold_candidates, target_layer
+from mlakit.data import builtin_text, read_text
+from mlakit.errors import MlakitError, UsageError
+from mlakit.families import FAMILIES, convertible
+from mlakit.spec import AttentionSpec, ModelSpec
+
+FORMAT_VERSION = 1
+PLAN_NAME = "plan.json"
+WORK_NAME = ".work"
+
+DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
+"""Output dtypes: safetensors' name and bytes."""
+
+WINDOW = 512
+"""Tokens per calibration window, or the source's context if that is shorter."""
+
+BATCH_TOKENS = 4096
+"""Tokens that go through a layer together."""
+
+HELD_OUT = 8
+"""One window in this many is held out to choose freqfold, when that is left to us."""
+
+CPU_FLOPS = 2e10
+CUDA_FLOPS = 2e13
+DISK_BYTES_PER_SECOND = 5e8
+"""Assumed speeds (per CPU core; any GPU; any disk) behind the estimate of the time."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text whose activations are looked at.
+
+    Attributes:
+        source: ``builtin``, or the path or dataset name given.
+        sha256: of the text.
+        tokens: how many are used, at most.
+        window: tokens per window.
+        seed: chooses the windows of a longer text.
+    """
+
+    source: str
+    sha256: str
+    tokens: int
+    window: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the result; ``copied`` ones have the source's bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    shard: int
+    copied: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the run will need: peak memory and disk in bytes, time in seconds."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """A conversion in full; the same inputs give the same plan and the same hash.
+
+    Attributes:
+        source: name or path that was given.
+        fingerprint: of the source checkpoint.
+        model_type: of the source.
+        goal: what was asked for.
+        calibration: None where no data is needed (equal cache).
+        dtype: of the result; copied tensors keep theirs unless a dtype was asked for.
+        source_layer: the attention of every source layer.
+        layers: the target layers.
+        tensors: every tensor of the result.
+        source_cache_bytes: per token, all layers, in the source's dtype.
+        mha_cache_bytes: the same with one key/value head per query head.
+        cache_bytes: the same of the result.
+        measured: what calibration found; filled in as the run goes.
+    """
+
+    source: str
+    fingerprint: str
+    model_type: str
+    goal: Goal
+    calibration: Calibration | None
+    dtype: str
+    source_layer: AttentionSpec
+    layers: tuple[AttentionSpec, ...]
+    tensors: tuple[PlannedTensor, ...]
+    source_cache_bytes: int
+    mha_cache_bytes: int
+    cache_bytes: int
+    estimate: Estimate
+    warnings: tuple[str, ...]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """One name for what is done: ``equal-cache``, ``article`` or the compress method."""
+        if not self.goal.equal_cache:
+            return self.goal.method
+        return "article" if self.goal.form == "article" else "equal-cache"
+
+    @property
+    def target(self) -> AttentionSpec:
+        """The first target layer; all have the same sizes."""
+        return self.layers[0]
+
+    @property
+    def cache_ratio(self) -> float:
+        """Share of the source's own cache bytes that is kept."""
+        return self.cache_bytes / self.source_cache_bytes
+
+    @property
+    def shards(self) -> int:
+        """Weight files of the result: one per layer and one for the rest."""
+        return len(self.layers) + 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the result."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of everything that the result depends on."""
+        calibration = None if self.calibration is None else asdict(self.calibration)
+        if calibration is not None:
+            del calibration["source"]
+        content = [
+            FORMAT_VERSION,
+            __version__,
+            self.fingerprint,
+            asdict(self.goal),
+            calibration,
+            self.dtype,
+            [asdict(tensor) for tensor in self.tensors],
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def as_dict(self, status: Literal["planned", "running", "complete"]) -> dict[str, Any]:
+        """The content of ``plan.json``."""
+        return {"status": status, "hash": self.hash, "mlakit_version": __version__} | asdict(self)
+
+    def write(self, folder: Path, status: Literal["running", "complete"]) -> None:
+        """Writes ``plan.json``, atomically."""
+        write_json_atomic(folder / PLAN_NAME, self.as_dict(status))
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    goal: Goal,
+    *,
+    calibration: str | Path | None = None,
+    calibration_tokens: int = 32768,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+) -> ConversionPlan:
+    """Plans a conversion from headers and the calibration text; reads no weights.
+
+    Raises:
+        UnsupportedModelError: the checkpoint cannot be converted; says why.
+        UsageError: the goal cannot be met.
+        MlakitError: the calibration text cannot be read.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"There is no dtype {dtype!r}", remedy=f"use {', '.join(DTYPES)}")
+    model = convertible(checkpoint.config, checkpoint.shapes)
+    layers = tuple(target_layer(layer, goal) for layer in model.layers)
+    text = None
+    if not goal.equal_cache:
+        text = _calibration(model, calibration, calibration_tokens, seed)
+    tensors = _tensors(checkpoint, model, layers, dtype)
+    source = model.layers[0]
+    itemsize = _itemsize(checkpoint, model, None)
+    plan = ConversionPlan(
+        source=_name(checkpoint.source),
+        fingerprint=checkpoint.fingerprint,
+        model_type=model.model_type,
+        goal=goal,
+        calibration=text,
+        dtype=dtype or _attention_dtype(checkpoint, model),
+        source_layer=source,
+        layers=layers,
+        tensors=tensors,
+        source_cache_bytes=itemsize * sum(layer.cache_width for layer in model.layers),
+        mha_cache_bytes=itemsize
+        * sum(2 * layer.num_attention_heads * layer.head_dim for layer in model.layers),
+        cache_bytes=_itemsize(checkpoint, model, dtype)
+        * sum(layer.cache_width for layer in layers),
+        estimate=Estimate(0, 0, 0.0),
+        warnings=(),
+    )
+    estimate = _estimate(plan, model, device)
+    return replace(plan, estimate=estimate, warnings=tuple(_warnings(plan, model)))
+
+
+def calibration_text(calibration: str | Path | None) -> str:
+    """The text to calibrate with: what was given, or the package's own."""
+    return builtin_text("calibration") if calibration is None else read_text(calibration)
+
+
+def _name(source: str | Path) -> str:
+    """A hub id or dataset name as it is; of a path only the last part."""
+    path = Path(source)
+    return path.resolve().name if path.exists() else str(source)
+
+
+def _calibration(
+    model: ModelSpec, source: str | Path | None, tokens: int, seed: int
+) -> Calibration:
+    window = min(WINDOW, model.max_position_embeddings, tokens)
+    if window < 2:
+        raise UsageError(
+            f"--calibration-tokens {tokens} is too few", remedy="give thousands; default 32768"
+        )
+    text = calibration_text(source)
+    if not text.strip():
+        raise MlakitError(f"The calibration text {source} is empty")
+    return Calibration(
+        source="builtin" if source is None else _name(source),
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        tokens=tokens,
+        window=window,
+        seed=seed,
+    )
+
+
+def _attention_dtype(checkpoint: Checkpoint, model: ModelSpec) -> str:
+    """The dtype that the source's attention is stored in, as transformers names it."""
+    name = FAMILIES[model.family].attention_prefix(0) + "k_proj.weight"
+    stored = checkpoint.dtype(name)
+    for dtype, (spelling, _) in DTYPES.items():
+        if spelling == stored:
+            return dtype
+    raise MlakitError(
+        f"{name} is stored as {stored}",
+        remedy=f"save the source in {', '.join(DTYPES)} first",
+    )
+
+
+def _itemsize(checkpoint: Checkpoint, model: ModelSpec, dtype: str | None) -> int:
+    return DTYPES[dtype or _attention_dtype(checkpoint, model)][1]
+
+
+def _tensors(
+    checkpoint: Checkpoint,
+    model: ModelSpec,
+    layers: tuple[AttentionSpec, ...],
+    dtype: str | None,
+) -> tuple[PlannedTensor, ...]:
+    """Every tensor of the result; a layer's in its shard, the rest and the norms in the last."""
+    family, last = FAMILIES[model.family], len(layers) + 1
+    spelling, itemsize = DTYPES[dtype or _attention_dtype(checkpoint, model)]
+    planned: dict[str, PlannedTensor] = {}
+
+    def plan_new(name: str, shape: tuple[int, ...], shard: int) -> None:
+        nbytes = math.prod(shape) * itemsize
+        planned[name] = PlannedTensor(name, shape, spelling, nbytes, shard, copied=False)
+
+    def plan_copy(name: str, shard: int) -> None:
+        shape = checkpoint.shape(name)
+        if dtype is not None and checkpoint.dtype(name) != spelling:
+            plan_new(name, shape, shard)
+        else:
+            stored, nbytes = checkpoint.dtype(name), checkpoint.nbytes(name)
+            planned[name] = PlannedTensor(name, shape, stored, nbytes, shard, copied=True)
+
+    taken: set[str] = set()
+    for index, layer in enumerate(layers):
+        attention = family.attention_prefix(index)
+        source = model.layers[index].tensor_shapes()
+        kept = kept_tensors(layer) & set(source)
+        for name, shape in layer.tensor_shapes().items():
+            shard = last if name == "kv_a_layernorm.weight" else index + 1
+            if name in kept:
+                plan_copy(attention + name, shard)
+            else:
+                plan_new(attention + name, shape, shard)
+        taken |= {attention + name for name in source}
+        for name in checkpoint.names:
+            if name.startswith(family.layer(index)) and not name.startswith(attention):
+                plan_copy(name, index + 1)
+                taken.add(name)
+    for name in checkpoint.names:
+        if name not in taken and "rotary_emb" not in name:
+            plan_copy(name, last)
+    return tuple(planned.values())
+
+
+def kept_tensors(layer: AttentionSpec) -> frozenset[str]:
+    """The source's attention tensors that a target layer keeps as they are."""
+    kept = {"o_proj.weight", "o_proj.bias"}
+    if layer.mla_form != "compress":
+        kept |= {"q_proj.weight", "q_proj.bias"}
+    return frozenset(kept)
+
+
+def _estimate(plan: ConversionPlan, model: ModelSpec, device: str) -> Estimate:
+    """Peak memory of one layer's work, the result and work files on disk, and a rough time."""
+    family, source = FAMILIES[model.family], plan.source_layer
+    hidden = source.hidden_size
+    prefix = family.layer(0)
+    layer_size = sum(math.prod(t.shape) for t in plan.tensors if t.name.startswith(prefix))
+    attention = sum(
+        math.prod(shape)
+        for spec in (source, plan.target)
+        for shape in spec.tensor_shapes().values()
+    )
+    keys = source.num_key_value_heads * source.head_dim
+    memory = 4 * layer_size + 16 * attention + 8 * (2 * keys) ** 2 * 4
+    disk = plan.nbytes
+    operations = 10.0 * (2 * keys) ** 3 * len(plan.layers)
+    if plan.calibration is not None:
+        tokens = plan.calibration.tokens
+        inner = max(block.intermediate_size for block in model.feed_forwards)
+        memory += BATCH_TOKENS * 4 * (8 * hidden + 3 * inner) + 3 * 8 * (hidden + 1) ** 2
+        memory += source.num_attention_heads * BATCH_TOKENS * plan.calibration.window * 4
+        disk += 2 * tokens * hidden * 4 + 8 * keys**2 * len(plan.layers)
+        folds = freqfold_candidates(source.head_dim, plan.target.qk_rope_head_dim or 2)
+        passes = 2 + (len(folds) / HELD_OUT if plan.goal.freqfold == "auto" else 0)
+        each = 2.0 * layer_size + 4.0 * hidden**2
+        operations += passes * tokens * each * len(plan.layers)
+    else:
+        passes = 1
+    speed = CUDA_FLOPS if device.startswith("cuda") else CPU_FLOPS * (os.cpu_count() or 1)
+    reading = (passes + 1) * plan.nbytes / DISK_BYTES_PER_SECOND
+    return Estimate(int(memory), int(disk), round(operations / speed + reading + 1, 1))
+
+
+def _warnings(plan: ConversionPlan, model: ModelSpec) -> list[str]:
+    source, target = plan.source_layer, plan.target
+    found: list[str] = []
+    full = source.cache_width
+    if plan.dtype != "float32" and plan.goal.equal_cache:
+        found.append(
+            f"exact up to the rounding of {plan.dtype} weights; --dtype float32 shows it exactly"
+        )
+    if source.kind == "mha" and not plan.goal.equal_cache:
+        found.append("the source is plain multi-head attention: its own cache is that of MHA")
+    if not plan.goal.equal_cache:
+        rank, rope = target.kv_lora_rank or 0, target.qk_rope_head_dim or 0
+        if rank + rope == full:
+            found.append(
+                "full rank saves no cache and still drops most of the rotation;"
+                " --equal-cache keeps the same bytes and is exact"
+            )
+        if rank > source.hidden_size + 1:
+            found.append(
+                f"rank {rank} is above the hidden size {source.hidden_size}: the latent cannot"
+                " hold more than its input"
+            )
+        if rank % 16:
+            found.append(f"rank {rank} is no multiple of 16; multiples of 16 decode fastest")
+        if source.num_key_value_heads * source.head_dim <= 256:
+            found.append(
+                f"the source caches only {full} numbers per token and layer: a small model has"
+                " little to gain"
+            )
+    if any(layer.sliding_window for layer in model.layers):
+        found.append("sliding-window layers: latents older than the window stay in the cache")
+    return found

@@ -1,0 +1,128 @@
+"""One decoder layer at a time: its inputs in a memory-mapped file, its weights read when needed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mlakit.checkpoint import Checkpoint
+from mlakit.checkpoint.writing import atomic_file
+from mlakit.families import FAMILIES
+from mlakit.spec import ModelSpec
+
+
+class Activations:
+    """A float32 file ``[windows, T, D]`` that is either whole or not there.
+
+    Args:
+        path: the file.
+        shape: ``(windows, T, D)``.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.path = path
+        self.shape = shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return 4 * self.shape[0] * self.shape[1] * self.shape[2]
+
+    def exists(self) -> bool:
+        """Whether the file is there and complete."""
+        return self.path.is_file() and self.path.stat().st_size == self.nbytes
+
+    def write(self, batches: Iterable[torch.Tensor]) -> None:
+        """Writes batches ``[b, T, D]`` one after the other; the file appears when all are in."""
+        with atomic_file(self.path, self.nbytes) as file:
+            for batch in batches:
+                file.write(memoryview(batch.float().cpu().contiguous().numpy()).cast("B"))
+
+    def batches(self, size: int) -> Iterator[torch.Tensor]:
+        """Batches of at most ``size`` windows, ``[b, T, D]`` float32, on the CPU."""
+        mapped = np.memmap(self.path, dtype=np.float32, mode="r", shape=self.shape)
+        for start in range(0, self.shape[0], size):
+            yield torch.from_numpy(np.array(mapped[start : start + size]))
+
+    def remove(self) -> None:
+        """Deletes the file, if it is there."""
+        self.path.unlink(missing_ok=True)
+
+
+class LayerReader:
+    """Builds the family's own model around any one decoder layer of a checkpoint.
+
+    The family's code then makes its own masks, windows and rotations: nothing is imitated here.
+
+    Args:
+        checkpoint: the source.
+        model: its description.
+        device: where layers run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: ModelSpec, device: str) -> None:
+        from transformers import AutoConfig
+
+        self.checkpoint = checkpoint
+        self.spec = model
+        self.family = FAMILIES[model.family]
+        self.device = torch.device(device)
+        self._config = AutoConfig.from_pretrained(checkpoint.path)
+
+    def tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """All tensors of a layer, without its prefix, in their stored dtypes."""
+        prefix = self.family.layer(index)
+        return {
+            name.removeprefix(prefix): self.checkpoint.read(name)
+            for name in self.checkpoint.names
+            if name.startswith(prefix) and "rotary_emb" not in name
+        }
+
+    def layer(self, index: int) -> Any:
+        """A model of this one layer, float32; call it with ``inputs_embeds``.
+
+        Its ``last_hidden_state`` is what the layer gives to the next one.
+        """
+        model = self._skeleton(index)
+        tensors = {name: tensor.float() for name, tensor in self.tensors(index).items()}
+        model.layers[0].load_state_dict(tensors, assign=True)
+        model.norm = nn.Identity()
+        return model.to(self.device)
+
+    def head(self) -> tuple[nn.Module, torch.Tensor]:
+        """The final norm and the output matrix ``[vocabulary, D]``, float32."""
+        norm = self._skeleton(0).norm
+        weight = self.checkpoint.read(self.family.final_norm).float()
+        norm.load_state_dict({"weight": weight}, assign=True)
+        tied = self.spec.tie_word_embeddings
+        name = self.family.embedding if tied else self.family.output
+        return norm.to(self.device), self.checkpoint.read(name).float().to(self.device)
+
+    def embed(self, windows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+        """Embeddings ``[b, T, D]`` of windows ``[windows, T]`` of token ids, in batches."""
+        table = self.checkpoint.read(self.family.embedding)
+        for batch in windows.split(size):
+            yield table[batch].float()
+
+    def _skeleton(self, index: int) -> Any:
+        """The family's model with this one layer and no weights."""
+        from transformers import AutoModel
+
+        config = copy.deepcopy(self._config)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[index]]
+        config.num_hidden_layers = 1
+        config.vocab_size, config.pad_token_id = 1, None  # the embedding is never used
+        with torch.device("meta"):
+            model = AutoModel.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            )
+        model.embed_tokens = nn.Identity()
+        model.rotary_emb = type(model.rotary_emb)(config=config)
+        return model.eval()
