@@ -296,6 +296,22 @@ def as_mla(spec: AttentionSpec, kv_lora_rank: int, qk_rope_head_dim: int) -> Att
     )
 
 
+def as_equal_cache(spec: AttentionSpec) -> AttentionSpec:
+    """An MHA, GQA or MQA layer as latent attention with the same cache: C = R = G d, N = 0."""
+    width = spec.num_key_value_heads * spec.head_dim
+    return replace(
+        spec,
+        num_key_value_heads=spec.num_attention_heads,
+        rope=spec.rope and replace(spec.rope, blocks=spec.num_key_value_heads),
+        kv_lora_rank=width,
+        qk_nope_head_dim=0,
+        qk_rope_head_dim=width,
+        v_head_dim=spec.head_dim,
+        mla_form="equal-cache",
+        qk_norm=False,
+    )
+
+
 def parse_bytes(text: str) -> int:
     """Bytes from ``24GiB`` (powers of 1024), ``80GB`` (powers of 1000) or a plain number.
 

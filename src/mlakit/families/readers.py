@@ -164,10 +164,14 @@ def converted(config: Config, rope: RopeSpec | None, window: int | None) -> Atte
         )
     rotated, blocks = size(config, "qk_rope_head_dim"), size(config, "rope_blocks")
     value_dim = size(config, "v_head_dim")
+    source = config.get("mlakit", {}).get("source_attention", {})
+    scale = config.get("softmax_scale")
+    if not isinstance(scale, float | int):
+        raise UnsupportedModelError(f"config.json has softmax_scale {scale!r}, not a number")
     return AttentionSpec(
         *_heads(config),
-        head_dim=value_dim,
-        softmax_scale=float(config["softmax_scale"]),
+        head_dim=source.get("head_dim", value_dim),
+        softmax_scale=float(scale),
         rope=_with_dim(rope, rotated // blocks, blocks),
         q_lora_rank=None,
         kv_lora_rank=size(config, "kv_lora_rank"),

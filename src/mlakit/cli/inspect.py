@@ -1,0 +1,43 @@
+"""``mlakit inspect``: what a checkpoint costs, from its config and headers alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens per sequence; default: the model's longest.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    memory: Annotated[str, typer.Option(help="Memory for weights and cache.")] = "24GiB",
+    kv_lora_rank: Annotated[
+        int | None, typer.Option(help="Show latent attention of this rank too.")
+    ] = None,
+    qk_rope_head_dim: Annotated[
+        int | None, typer.Option(help="Its rotary size; default: the head size.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show parameters, cache bytes and decode cost: now, as MHA, as MQA and as MLA."""
+    from mlakit.inspection import inspect as examine
+    from mlakit.inspection import print_inspection
+
+    found = examine(
+        model,
+        context=context,
+        batch=batch,
+        memory=memory,
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=qk_rope_head_dim,
+    )
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    print_inspection(found, Console())

@@ -1,0 +1,155 @@
+"""The terminal view of an inspection: the model, its layers, and what it would cost otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mlakit.inspection.measure import Inspection, Variant, format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+NARROWEST = 116
+"""Columns the tables need; a narrower terminal wraps lines rather than losing numbers."""
+
+BAR = 10
+"""Columns of the widest bar."""
+
+
+def print_inspection(found: Inspection, console: Console) -> None:
+    """Prints everything in one screen."""
+    from rich.text import Text
+
+    console.width = max(console.width, NARROWEST)
+    counts = found.parameters
+    active = f", {_short(counts['active'])} active" if counts["active"] < counts["total"] else ""
+    console.print(Text(found.source, style="bold"), Text(_headline(found), style="dim"))
+    console.print(
+        Text(f"{_short(counts['total'])} parameters{active}:", style="bold"),
+        Text(", ".join(_components(counts))),
+    )
+    console.print(_layer_table(found))
+    console.print(_variant_table(found))
+    for note in _notes(found):
+        warning = note.startswith("WARNING")
+        console.print(Text(note, style="bold yellow" if warning else "dim"))
+
+
+def _headline(found: Inspection) -> str:
+    weights = format_bytes(found.weight_bytes)
+    return (
+        f"{found.model_type} · {found.dtype} · {weights} of weights"
+        f" · up to {found.max_position_embeddings:,} tokens"
+    )
+
+
+def _components(counts: dict[str, int]) -> list[str]:
+    names = ("attention", "feed_forward", "embedding", "output", "norms")
+    return [f"{name.replace('_', '-')} {_short(counts[name])}" for name in names if counts[name]]
+
+
+def _layer_table(found: Inspection) -> Table:
+    table = _table("layers", "attention", "parameters each", "cache/token each", "feed-forward")
+    for group in found.layers:
+        table.add_row(
+            ranges(group.layers),
+            group.attention,
+            f"{group.attention_parameters:,}",
+            format_bytes(group.cache_bytes_per_token),
+            group.feed_forward,
+        )
+    return table
+
+
+def _variant_table(found: Inspection) -> Table:
+    table = _table(
+        "cache if it were",
+        "bytes/token",
+        "of own",
+        "of MHA",
+        "",
+        f"{found.context:,} x {found.batch}",
+        f"in {format_bytes(found.memory)}",
+        "GFLOP",
+        "moved",
+    )
+    table.columns[4].justify = "left"
+    widest = max(variant.cache_bytes_per_token for variant in found.variants)
+    for variant in found.variants:
+        bar = _bar(variant.cache_bytes_per_token / widest)
+        table.add_row(*_cells(variant, bar), style="bold" if variant.name == "now" else "")
+    return table
+
+
+def _cells(variant: Variant, bar: str) -> list[str]:
+    longest = variant.longest_context
+    named = variant.name in ("now", "source")
+    return [
+        f"{variant.name}: {variant.attention}" if named else variant.attention,
+        f"{variant.cache_bytes_per_token:,}",
+        _percent(variant.share_of_own),
+        _percent(variant.share_of_mha),
+        bar,
+        format_bytes(variant.cache_bytes),
+        "any length" if longest is None else f"{longest:,}" if longest else "too small",
+        _three(variant.flops_per_token / 1e9),
+        format_bytes(variant.bytes_moved_per_token),
+    ]
+
+
+def _notes(found: Inspection) -> list[str]:
+    lines = [
+        f"{found.context:,} x {found.batch}: bytes of the cache at this context and batch;"
+        f" in {format_bytes(found.memory)}: longest context that fits beside the weights;",
+        "GFLOP and moved: what one decoded token computes and reads at this context and batch",
+        "convert: yes" if found.conversion == "yes" else found.conversion,
+    ]
+    return lines + list(found.notes)
+
+
+def _table(*heads: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for head in heads:
+        left = head in ("layers", "attention", "cache if it were", "feed-forward")
+        table.add_column(head, justify="left" if left else "right", no_wrap=True)
+    return table
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """Layer numbers in short: ``0-31``, ``0,2..24``, ``0-2,5``."""
+    step = indices[1] - indices[0] if len(indices) > 2 else 1
+    if step > 1 and list(indices) == list(range(indices[0], indices[-1] + 1, step)):
+        return f"{indices[0]},{indices[1]}..{indices[-1]}"
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and index == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], index]
+        else:
+            parts.append([index])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def _bar(share: float) -> str:
+    """A bar of up to ``BAR`` columns, in eighths of a column."""
+    eighths = max(1, round(8 * BAR * share))
+    return "█" * (eighths // 8) + ("" if eighths % 8 == 0 else chr(0x2590 - eighths % 8))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:,.0f} %" if share >= 0.995 else f"{100 * share:.1f} %"
+
+
+def _three(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _short(count: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
