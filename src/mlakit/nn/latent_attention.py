@@ -187,9 +187,25 @@ class MLAttention(nn.Module):
                     return self.decode(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
         query = torch.cat((q_nope, q_rope), dim=-1)
         key, value = self.expand_kv(latent, k_rope)
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """transformers' attention function: ``[B, H, S, E]`` and so on to ``[B, S, H, V]``."""
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        missing = query.shape[-1] - value.shape[-1]
+        padded = missing > 0 and self.config._attn_implementation == "sdpa"
+        if padded:  # kernels that never hold all scores want values as wide as keys
+            value = nn.functional.pad(value, (0, missing))
         output, weights = attention(
             self,
             query,
@@ -200,7 +216,7 @@ class MLAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
+        return (output[..., :-missing] if padded else output), weights
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """``W_UK [H, N, C]`` and ``W_UV [H, V, C]``, views of ``kv_b_proj``."""
@@ -256,27 +272,17 @@ class MLAttention(nn.Module):
         """
         batch, heads, length, _ = q_rope.shape
         query = self.absorb(q_nope, q_rope).reshape(batch, 1, heads * length, -1)
-        key = k_rope if self.qk_nope_head_dim == 0 else torch.cat((latent, k_rope), dim=-1)
+        key, value = k_rope, latent
+        if self.qk_nope_head_dim:
+            key = value = torch.cat((latent, k_rope), dim=-1)
         if attention_mask is not None and length > 1:
             mask = attention_mask[..., : key.shape[2]].expand(batch, heads, length, -1)
             attention_mask = mask.reshape(batch, 1, heads * length, -1)
-        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        context, weights = attention(
-            self,
-            query,
-            key,
-            latent,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=False,
-            **kwargs,
-        )
+        context, weights = self.attend(query, key, value, attention_mask, is_causal=False, **kwargs)
         if weights is not None:
             weights = weights.view(batch, heads, length, -1)
-        return self.project(context.reshape(batch, heads, length, -1)), weights
+        context = context[..., : self.kv_lora_rank].reshape(batch, heads, length, -1)
+        return self.project(context), weights
 
 
 class EqualCacheAttention(MLAttention):
@@ -348,19 +354,8 @@ class ArticleAttention(MLAttention):
         total = c_k.shape[2]
         key = self.k_b_proj(c_k).view(batch, total, -1, self.qk_rope_head_dim).transpose(1, 2)
         value = self.v_b_proj(c_v).view(batch, total, -1, self.v_head_dim).transpose(1, 2)
-        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention(
-            self,
-            query,
-            rotate(key, last_columns(cos, total), last_columns(sin, total)),
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        key = rotate(key, last_columns(cos, total), last_columns(sin, total))
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
 
     def read_pages(self, cache: LatentCache, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
