@@ -175,12 +175,12 @@ def score_windows(
     """
     rows: list[list[np.ndarray]] = []
     for index, ids in enumerate(windows.ids):
-        if progress:
-            progress("quality", index, len(windows.ids))
         ours = _finite_logits(source, ids[:-1], windows.prefix_length)
         theirs = None if result is None else _finite_logits(result, ids[:-1], windows.prefix_length)
         targets = ids[windows.prefix_length + 1 :].to(ours.device)
         rows.append(_score_rows(ours, theirs, targets))
+        if progress:
+            progress("quality", index + 1, len(windows.ids))
     return TokenScores(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 
@@ -251,10 +251,8 @@ def summarise(scores: TokenScores, windows: Windows, *, seed: int) -> Quality:
 
 def _likelihood(nll: np.ndarray, edges: list[int], seed: int) -> Likelihood:
     mean = bootstrap(nll.mean(axis=1), seed=seed)
-    ends = {name: None if x is None else float(np.exp(x)) for name, x in mean}
-    return Likelihood(
-        nll=mean, perplexity=Estimate(**ends), nll_by_position=_by_position(nll, edges)
-    )
+    perplexity = mean.mapped(lambda x: float(np.exp(x)))
+    return Likelihood(nll=mean, perplexity=perplexity, nll_by_position=_by_position(nll, edges))
 
 
 def _bin_edges(length: int) -> list[int]:

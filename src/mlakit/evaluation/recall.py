@@ -60,8 +60,6 @@ def measure_recall(
                 plan += [(kind, length, depth) for depth in depths]
     cells = []
     for index, (kind, length, depth) in enumerate(plan):
-        if progress:
-            progress("recall", index, len(plan))
         probes = [make_probe(kind, length, depth, source, seed + t) for t in range(trials)]
         cells.append(
             RecallCell(
@@ -70,9 +68,11 @@ def measure_recall(
                 depth=depth,
                 trials=trials,
                 source_hits=sum(finds(source, probe) for probe in probes),
-                result_hits=result and sum(finds(result, probe) for probe in probes),
+                result_hits=None if result is None else sum(finds(result, p) for p in probes),
             )
         )
+        if progress:
+            progress("recall", index + 1, len(plan))
     return Recall(cells=cells) if cells else None
 
 

@@ -55,8 +55,6 @@ def measure_speed(
     points: list[list[SpeedPoint]] = [[] for _ in subjects]
     generator = torch.Generator().manual_seed(seed)
     for index, length in enumerate(chosen):
-        if progress:
-            progress("speed", index, len(chosen))
         shape = (length + decoded_tokens,)
         ids = torch.randint(source.model.config.vocab_size, shape, generator=generator)
         runs: list[list[tuple[float, float, int]]] = [[] for _ in subjects]
@@ -67,6 +65,8 @@ def measure_speed(
                     run.append(timing)
         for subject, run, line in zip(subjects, runs, points, strict=True):
             line.append(_point(subject, length, decoded_tokens, run))
+        if progress:
+            progress("speed", index + 1, len(chosen))
     return Speed(
         decoded_tokens=decoded_tokens,
         repeats=repeats,

@@ -9,22 +9,27 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from mlakit.reporting.schema import Recall, RecallColumn, RecallKind, Report, SpeedPoint
+from mlakit.reporting.schema import Recall, RecallKind, Report, SpeedPoint
 from mlakit.reporting.summary import KIND_WORDS, number, percent
 
-INK, GRID, SOURCE, RESULT = "#1f2328", "#d5d9de", "#0072b2", "#d55e00"
+INK, QUIET, GRID = "#1f2328", "#5b636d", "#d5d9de"
+SOURCE, RESULT = "#0072b2", "#d55e00"
+HEAT = matplotlib.colormaps["Blues"]
 CSS_COLOURS = {
     INK: "var(--ink)",
+    QUIET: "var(--quiet)",
     GRID: "var(--grid)",
     SOURCE: "var(--source)",
     RESULT: "var(--result)",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
@@ -95,31 +100,28 @@ def cache_bars(report: Report) -> Figure:
     source, result = report.source, report.result
     mha = 100 * source.bytes_per_token / source.percent_of_mha
     bars = [
-        ("as MHA", mha, GRID, f"{number(mha)}"),
-        (source.name, source.bytes_per_token, SOURCE, _share(source.percent_of_mha, None)),
+        ("as MHA", mha, GRID, ""),
+        (source.name, source.bytes_per_token, SOURCE, f"{percent(source.percent_of_mha)} of MHA"),
     ]
-    bars[1] = (*bars[1][:3], f"{number(source.bytes_per_token)}   {bars[1][3]}")
     if result:
-        share = _share(result.percent_of_mha, result.percent_of_own)
-        label = f"{number(result.bytes_per_token)}   {share}"
-        bars.append((result.name, result.bytes_per_token, RESULT, label))
+        of_own, of_mha = percent(result.percent_of_own), percent(result.percent_of_mha)
+        share = f"{of_own} of your own, {of_mha} of MHA"
+        bars.append((result.name, result.bytes_per_token, RESULT, share))
     figure = _figure(0.9 + 0.42 * len(bars))
     axes = figure.subplots()
-    for row, (_, value, colour, label) in enumerate(bars):
+    for row, (_, value, colour, share) in enumerate(bars):
         axes.barh(row, value, color=colour, height=0.62)
-        axes.annotate(label, (value, row), (5, 0), textcoords="offset points", va="center")
+        label = f"{number(value)} ({share})" if share else number(value)
+        axes.annotate(label, (value, row), (6, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(bars)), [_short(name) for name, *_ in bars])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.45 * max(value for _, value, *_ in bars))
+    # Labels stand right of the bars: leave them room.
+    axes.set_xlim(0, 1.6 * max(value for _, value, *_ in bars))
     axes.set_xlabel("cache, bytes per token (all layers)")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     return figure
-
-
-def _share(of_mha: float, of_own: float | None) -> str:
-    own = "" if of_own is None else f"{percent(of_own)} of own, "
-    return f"({own}{percent(of_mha)} of MHA)"
 
 
 def quality_by_position(report: Report) -> Figure:
@@ -138,7 +140,7 @@ def quality_by_position(report: Report) -> Figure:
         kl.plot(quality.positions, quality.agreement.kl_by_position, "s-", color=RESULT)
         kl.set_title("KL(source || result)")
         kl.set_ylabel("nats per token")
-        kl.set_ylim(bottom=0)
+        kl.set_ylim(0, 1.12 * max(quality.agreement.kl_by_position) or 1)
     for axes in panels:
         axes.set_xlabel("position in the continuation, tokens")
         axes.set_xlim(left=0)
@@ -154,34 +156,34 @@ def recall_maps(report: Report) -> Figure | None:
     kinds = list(dict.fromkeys(cell.kind for cell in recall.cells))
     depths = len({cell.depth for cell in recall.cells})
     figure = _figure(len(kinds) * (1.0 + 0.3 * depths))
-    grid = figure.subplots(len(kinds), len(names), squeeze=False)
+    grid = figure.subplots(len(kinds), len(names), squeeze=False, sharex="row", sharey="row")
     for row, kind in zip(grid, kinds, strict=True):
         for axes, name, is_result in zip(row, names, (False, True), strict=False):
             axes.set_title(f"{KIND_WORDS[kind]}: {_short(name)}")
             _recall_map(axes, recall, kind, is_result)
+            axes.set_xlabel("length, tokens")
+        row[0].set_ylabel("depth in the text")
     return figure
 
 
 def _recall_map(axes: Axes, recall: Recall, kind: RecallKind, is_result: bool) -> None:
     cells = [cell for cell in recall.cells if cell.kind == kind]
-    columns: dict[int, RecallColumn] = {c.length: c for c in recall.columns() if c.kind == kind}
-    lengths, depths = sorted(columns), sorted({cell.depth for cell in cells})
-    colours = matplotlib.colormaps["Blues"]
+    usable = {c.length: c.usable for c in recall.columns() if c.kind == kind}
+    lengths, depths = sorted(usable), sorted({cell.depth for cell in cells})
     for cell in cells:
         x, y = lengths.index(cell.length), depths.index(cell.depth)
-        hits = cell.result_hits if is_result else cell.source_hits
-        share, text = (hits or 0) / cell.trials, f"{hits}/{cell.trials}"
-        face, ink = colours(0.08 + 0.82 * share), "white" if share > 0.5 else "black"
-        if is_result and not columns[cell.length].usable:
-            face, ink, text = "none", INK, "n/a"
-        axes.fill_between([x - 0.47, x + 0.47], y - 0.45, y + 0.45, facecolor=face, linewidth=0)
-        axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=9)
+        hits = (cell.result_hits if is_result else cell.source_hits) or 0
+        if is_result and not usable[cell.length]:
+            axes.text(x, y, "n/a", ha="center", va="center", color=QUIET)
+            continue
+        share = hits / cell.trials
+        axes.barh(y, 0.94, left=x - 0.47, height=0.9, color=HEAT(0.08 + 0.82 * share))
+        ink = "white" if share > 0.5 else "black"
+        axes.text(x, y, f"{hits}/{cell.trials}", ha="center", va="center", color=ink)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.set_ylim(len(depths) - 0.5, -0.5)
-    axes.set_xlabel("length, tokens")
-    axes.set_ylabel("depth in the text")
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -191,23 +193,26 @@ def stages(report: Report) -> Figure | None:
     """KL and perplexity after each step of the conversion."""
     if not report.stages:
         return None
-    figure = _figure(3.0)
-    labels = [f"{s.name}\n{number(s.bytes_per_token)} B/token" for s in report.stages]
+    rows = range(len(report.stages))
+    figure = _figure(0.9 + 0.4 * len(rows))
     values = {
-        "KL(source || stage), nats per token": [s.kl_mean for s in report.stages],
-        "perplexity after a cached prefix": [s.perplexity for s in report.stages],
+        "KL(source || stage), nats per token": [stage.kl_mean for stage in report.stages],
+        "perplexity after a cached prefix": [stage.perplexity for stage in report.stages],
     }
-    for axes, (title, heights) in zip(figure.subplots(1, 2), values.items(), strict=True):
-        axes.plot(range(len(labels)), heights, "o-", color=RESULT)
-        for x, height in enumerate(heights):
-            offset = (0, 6)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (title, widths) in zip(panels, values.items(), strict=True):
+        axes.barh(rows, widths, color=RESULT, height=0.62)
+        for row, width in enumerate(widths):
             axes.annotate(
-                number(height), (x, height), offset, textcoords="offset points", ha="center"
+                number(width), (width, row), (6, 0), textcoords="offset points", va="center"
             )
-        axes.set_xticks(range(len(labels)), labels, fontsize=8)
-        axes.set_title(title)
-        axes.margins(x=0.12, y=0.18)
-        axes.grid(False, axis="x")
+        axes.set_xlabel(title)
+        axes.margins(x=0.2)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    labels = [f"{stage.name}, {number(stage.bytes_per_token)} B/token" for stage in report.stages]
+    panels[0].set_yticks(rows, labels)
+    panels[0].invert_yaxis()
     return figure
 
 
@@ -219,7 +224,7 @@ def layer_errors(report: Report) -> Figure | None:
     axes = figure.subplots()
     layers = [e.layer for e in report.layer_errors]
     axes.bar(layers, [e.error for e in report.layer_errors], color=RESULT, width=0.7)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     axes.set_ylabel("relative error of the output")
     axes.grid(False, axis="x")

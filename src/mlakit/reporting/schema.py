@@ -6,7 +6,7 @@ are required fields of `Report`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
@@ -29,6 +29,11 @@ class Estimate(Record):
     value: float
     low: float | None = None
     high: float | None = None
+
+    def mapped(self, function: Callable[[float], float]) -> Estimate:
+        """The estimate after an increasing function of value and ends."""
+        low, high = (None if end is None else function(end) for end in (self.low, self.high))
+        return Estimate(value=function(self.value), low=low, high=high)
 
     @property
     def includes_zero(self) -> bool:
@@ -283,7 +288,8 @@ class Verification(Record):
         result_bytes: cache bytes per token of the result.
         tolerance: relative difference that rounding explains in the coarser dtype of the two.
         tokens: continuation tokens compared.
-        failures: what was promised and not kept; empty when all is well.
+        promises: what was checked, in words.
+        failures: which of them were not kept, and by how much; empty when all is well.
     """
 
     source: str
@@ -298,6 +304,7 @@ class Verification(Record):
     result_bytes: float
     tolerance: float
     tokens: int
+    promises: list[str]
     failures: list[str]
 
     @computed_field  # type: ignore[prop-decorator]

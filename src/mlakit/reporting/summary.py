@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from mlakit.reporting.schema import Estimate, Recall, Report, Verification
@@ -16,6 +18,12 @@ class Row(NamedTuple):
     source: str
     result: str = ""
     note: str = ""
+
+    @classmethod
+    def of(cls, label: str, values: Iterable[str], note: str = "") -> Row:
+        """A line from one value or two."""
+        source, result = [*values, ""][:2]
+        return cls(label, source, result, note)
 
 
 def headline(report: Report) -> str:
@@ -48,16 +56,16 @@ def rows(report: Report) -> list[Row]:
 def _cache_rows(report: Report) -> list[Row]:
     pair = [report.source, *([report.result] if report.result else [])]
     sizes = [report.memory.source, *([report.memory.result] if report.memory.result else [])]
-    held = f"{report.memory.length:,} tokens x batch {report.memory.batch}"
+    held = f"{report.memory.length:,} tokens × batch {report.memory.batch}"
     return [
-        Row("attention", *(m.attention for m in pair)),
-        Row("cache, bytes per token", *(number(m.bytes_per_token) for m in pair)),
-        Row("cache, % of your own", *(percent(m.percent_of_own) for m in pair)),
-        Row("cache, % of MHA", *(percent(m.percent_of_mha) for m in pair)),
-        Row("cache held, bytes", *(f"{s.measured_bytes:,}" for s in sizes), note=held),
-        Row("cache by account, bytes", *(f"{s.accounted_bytes:,}" for s in sizes), note=held),
-        Row("weights, bytes", *(f"{m.weight_bytes:,}" for m in pair)),
-        Row("dtype", *(m.dtype for m in pair)),
+        Row.of("attention", (m.attention for m in pair)),
+        Row.of("cache, bytes per token", (number(m.bytes_per_token) for m in pair)),
+        Row.of("cache, % of your own", (percent(m.percent_of_own) for m in pair)),
+        Row.of("cache, % of MHA", (percent(m.percent_of_mha) for m in pair)),
+        Row.of("cache held, bytes", (f"{s.measured_bytes:,}" for s in sizes), held),
+        Row.of("cache by account, bytes", (f"{s.accounted_bytes:,}" for s in sizes), held),
+        Row.of("weights, bytes", (f"{m.weight_bytes:,}" for m in pair)),
+        Row.of("dtype", (m.dtype for m in pair)),
     ]
 
 
@@ -65,11 +73,9 @@ def _quality_rows(report: Report) -> list[Row]:
     quality, agreement = report.quality, report.quality.agreement
     pair = [quality.source, *([quality.result] if quality.result else [])]
     tie = "a tie: the difference is inside its interval" if agreement and agreement.tie else ""
-    listed = [Row("perplexity after the prefix", *(estimate(x.perplexity) for x in pair), note=tie)]
+    listed = [Row.of("perplexity after the prefix", (estimate(x.perplexity) for x in pair), tie)]
     if agreement is None:
         return listed
-    top1 = agreement.top1
-    shares = Estimate(**{name: x if x is None else 100 * x for name, x in top1})
     nats = "nats per token"
     return [
         *listed,
@@ -77,7 +83,7 @@ def _quality_rows(report: Report) -> list[Row]:
         Row("KL, mean", "", estimate(agreement.kl_mean), nats),
         Row("KL, 99.9th percentile", "", number(agreement.kl_p999), nats),
         Row("KL, largest", "", number(agreement.kl_max), nats),
-        Row("top-1 agreement, %", "", estimate(shares)),
+        Row("top-1 agreement, %", "", estimate(agreement.top1.mapped(lambda x: 100 * x))),
     ]
 
 
@@ -100,17 +106,17 @@ def _speed_rows(report: Report) -> list[Row]:
     lines = [report.speed.source, *([report.speed.result] if report.speed.result else [])]
     for points in zip(*lines, strict=True):
         at = f"at {points[0].length:,}"
-        listed.append(Row(f"prefill {at}, seconds", *(number(p.prefill_seconds) for p in points)))
+        listed.append(Row.of(f"prefill {at}, seconds", (number(p.prefill_seconds) for p in points)))
         rates = (number(p.decode_tokens_per_second) for p in points)
-        listed.append(Row(f"decode {at}, tokens/s", *rates))
+        listed.append(Row.of(f"decode {at}, tokens/s", rates))
     return listed
 
 
 def verification_headline(found: Verification) -> str:
     """The verdict, the price and the quality in one sentence."""
-    verdict = "FAILED" if found.failures else "verified"
+    verdict = "FAILED: " if found.failures else ""
     return (
-        f"{verdict}: {percent(found.percent_of_own)} of your own cache, "
+        f"{verdict}{percent(found.percent_of_own)} of your own cache, "
         f"KL {number(found.kl_mean)} nats, top-1 {percent(100 * found.top1)}"
     )
 
@@ -139,6 +145,8 @@ def verification_rows(found: Verification) -> list[Row]:
 
 def number(value: float) -> str:
     """Three significant digits, thousands separated, integers whole."""
+    if not math.isfinite(value):
+        return str(value)
     if value == round(value) and abs(value) < 1e15:
         return f"{value:,.0f}"
     if abs(value) >= 100:

@@ -34,7 +34,7 @@ def print_report(report: Report, console: Console) -> None:
 
 def print_verification(found: Verification, console: Console) -> None:
     """Prints the verdict and every number behind it."""
-    caption = "; ".join(found.failures) or "largest differences, over the largest logit"
+    caption = "; ".join(found.failures) or f"kept: {'; '.join(found.promises)}"
     heads = ["", f"{found.source} → {found.result}", ""]
     print_rows(verification_headline(found), heads, verification_rows(found), caption, console)
 
@@ -58,6 +58,6 @@ def print_rows(
     for index, head in enumerate(heads):
         inner = 0 < index < len(heads) - 1
         table.add_column(Text(head), justify="right" if inner else "left", overflow="fold")
-    for line in cells:
-        table.add_row(*map(Text, line))
+    for row in cells:
+        table.add_row(*map(Text, row))
     console.print(table, highlight=False)
