@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from mlakit.data import builtin_text, read_text
 from mlakit.errors import MlakitError, UsageError
 from mlakit.families import FAMILIES, convertible
 from mlakit.spec import AttentionSpec, ModelSpec
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage's name, the steps done and the steps in all."""
 
 FORMAT_VERSION = 1
 PLAN_NAME = "plan.json"

@@ -42,7 +42,7 @@ class Activations:
         """Writes batches ``[b, T, D]`` one after the other; the file appears when all are in."""
         with atomic_file(self.path, self.nbytes) as file:
             for batch in batches:
-                file.write(memoryview(batch.float().cpu().contiguous().numpy()).cast("B"))
+                file.write(batch.float().cpu().contiguous().numpy().tobytes())
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """Batches of at most ``size`` windows, ``[b, T, D]`` float32, on the CPU."""

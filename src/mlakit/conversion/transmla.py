@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,13 +30,10 @@ from mlakit.conversion.calibrate import (
     split_held_out,
 )
 from mlakit.conversion.factor import Tensors, compress, joint_low_rank
-from mlakit.conversion.plan import ConversionPlan
+from mlakit.conversion.plan import ConversionPlan, Progress
 from mlakit.conversion.rotate import Rotation, rorope
 from mlakit.conversion.stream import Activations, LayerReader
 from mlakit.errors import MlakitError
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage's name, the steps done and the steps in all."""
 
 LayerResult = tuple[int, Tensors, dict[str, float]]
 """Layer index, its new attention tensors in float64, and what was measured on it."""
@@ -131,7 +130,7 @@ class TransMLA:
                 tried[fold] = partial_rope_perplexity(
                     self.reader,
                     self.held_out,
-                    lambda index, fold=fold: self._rotation(index, fold),
+                    partial(self._rotation, fold=fold),
                     lambda: self.progress("freqfold", next(steps), total),
                 )
                 write_json_atomic(record, tried)
@@ -144,7 +143,7 @@ class TransMLA:
         rope_dim = self.plan.target.qk_rope_head_dim or 0
         return rorope(moment, groups, rope_dim, fold or self.freqfold)
 
-    def _pass_through(self, stream: str, index: int, model: object) -> torch.Tensor:
+    def _pass_through(self, stream: str, index: int, model: Any) -> torch.Tensor:
         """Runs a layer on its stored inputs, stores the next layer's; gives ``E[x x^T]``."""
         moment = Moment()
         moment.watch(model.layers[0].self_attn)

@@ -1,0 +1,155 @@
+"""``mlakit convert``: ordinary attention to latent attention, with a plan first."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlakit.cli.progress import show_progress
+from mlakit.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlakit.conversion.plan import ConversionPlan
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the result.")
+    ] = None,
+    equal_cache: Annotated[
+        bool, typer.Option("--equal-cache", help="Exact: same function, same cache bytes.")
+    ] = False,
+    form: Annotated[
+        str, typer.Option(help="For --equal-cache: absorbed, or article (rotates later).")
+    ] = "absorbed",
+    cache_ratio: Annotated[
+        float | None, typer.Option(help="Compress: share of its own cache to keep, e.g. 0.5.")
+    ] = None,
+    kv_lora_rank: Annotated[
+        int | None, typer.Option(help="Compress: latent rank, instead of a ratio.")
+    ] = None,
+    qk_rope_head_dim: Annotated[
+        int | None, typer.Option(help="Rotary dimensions kept; default: the head size.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="How to compress: transmla.")] = "transmla",
+    freqfold: Annotated[
+        str, typer.Option(help="Frequencies folded together: a number, or auto (held-out text).")
+    ] = "auto",
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="File, folder or dataset name; default: the package's own text."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=2, help="How many tokens of it, at most.")
+    ] = 32768,
+    seed: Annotated[int, typer.Option(help="Chooses the windows of a longer text.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Turn a llama, mistral or qwen2 checkpoint's attention into latent attention (MLA)."""
+    from rich.console import Console
+
+    from mlakit.conversion.apply import convert as run
+
+    if output is None and not dry_run:
+        raise UsageError("No output folder was given", remedy="add -o OUT, or --dry-run")
+    if freqfold != "auto" and not freqfold.isdecimal():
+        raise UsageError(f"--freqfold {freqfold!r} is neither a number nor auto")
+    started = time.monotonic()
+    try:
+        with show_progress() as progress:
+            plan = run(
+                model,
+                output or "",
+                equal_cache=equal_cache,
+                form=form,  # type: ignore[arg-type]
+                cache_ratio=cache_ratio,
+                kv_lora_rank=kv_lora_rank,
+                qk_rope_head_dim=qk_rope_head_dim,
+                method=method,
+                freqfold="auto" if freqfold == "auto" else int(freqfold),
+                calibration=calibration,
+                calibration_tokens=calibration_tokens,
+                seed=seed,
+                dtype=dtype,
+                device=device,
+                dry_run=dry_run,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        typer.echo(
+            "interrupted; finished layers are kept. To go on:\n  "
+            + shlex.join(["mlakit", *sys.argv[1:]]),
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(plan.as_dict("planned" if dry_run else "complete"), indent=2))
+        return
+    print_plan(plan, Console())
+    if not dry_run:
+        typer.echo(f"{output} is complete ({time.monotonic() - started:.1f} s). Next:")
+        typer.echo(f"  {shlex.join(['mlakit', 'verify', model, str(output)])}")
+        typer.echo(f"  {shlex.join(['mlakit', 'eval', model, str(output)])}")
+        typer.echo(f"  {shlex.join(['mlakit', 'generate', str(output), 'Once upon a time'])}")
+
+
+def print_plan(plan: ConversionPlan, console: Console) -> None:
+    """A plan as a short table, with what was measured if it was carried out."""
+    from rich.table import Table
+
+    source, target = plan.source_layer, plan.target
+    table = Table.grid(padding=(0, 2))
+    own, mha = plan.cache_ratio, plan.cache_bytes / plan.mha_cache_bytes
+    need = plan.estimate
+    table.add_row(
+        "attention",
+        f"{source.kind.upper()}, {source.num_attention_heads} heads on"
+        f" {source.num_key_value_heads} of size {source.head_dim}, {len(plan.layers)} layers",
+    )
+    table.add_row(
+        "becomes",
+        f"MLA ({target.mla_form}), rank {target.kv_lora_rank}, rope {target.qk_rope_head_dim}",
+    )
+    table.add_row(
+        "cache per token",
+        f"{plan.source_cache_bytes:,} -> {plan.cache_bytes:,} bytes:"
+        f" {own:.1%} of its own, {mha:.1%} of MHA",
+    )
+    table.add_row("written", f"{plan.nbytes:,} bytes in {plan.shards} shards, {plan.dtype}")
+    if plan.calibration is not None:
+        text = plan.calibration
+        table.add_row(
+            "calibration",
+            f"{text.source}, up to {text.tokens:,} tokens in windows of {text.window}",
+        )
+    table.add_row(
+        "needs about",
+        f"{need.memory_bytes / 2**20:,.0f} MiB of memory, {need.disk_bytes / 2**20:,.0f} MiB of"
+        f" disk, {need.seconds:,.0f} s",
+    )
+    if plan.measured.get("freqfold"):
+        tried = plan.measured["held_out_perplexity"].items()
+        table.add_row(
+            "freqfold",
+            str(plan.measured["freqfold"])
+            + "".join(f"; {fold}: held-out perplexity {value:.3f}" for fold, value in tried),
+        )
+        kept = [layer["kept"] for layer in plan.measured["layers"]]
+        table.add_row("energy kept", f"{min(kept):.1%} in the worst layer")
+    console.print(table)
+    for warning in plan.warnings:
+        console.print(f"note: {warning}", highlight=False)

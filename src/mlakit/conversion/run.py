@@ -1,0 +1,162 @@
+"""A conversion being written into its folder: layer by layer, then the rest, the index last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlakit.checkpoint import (
+    Checkpoint,
+    ShardWriter,
+    copy_side_files,
+    write_json_atomic,
+    write_text_atomic,
+)
+from mlakit.conversion.calibrate import choose_windows, layer_weights
+from mlakit.conversion.card import converted_config, model_card
+from mlakit.conversion.factor import (
+    Tensors,
+    article,
+    equal_cache,
+    identity_norm_exponent,
+    latent_bound,
+)
+from mlakit.conversion.plan import WORK_NAME, ConversionPlan, Progress
+from mlakit.conversion.stream import LayerReader
+from mlakit.conversion.transmla import LayerResult, TransMLA
+from mlakit.errors import MlakitError
+from mlakit.families import FAMILIES, read_model
+
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+HIGHEST_EXPONENT = {"float16": 15}
+"""float16 holds no power of two above 2^15; elsewhere any exponent fits."""
+
+
+class Run:
+    """One conversion being written into its folder.
+
+    Args:
+        checkpoint: the source.
+        plan: what to do.
+        shards: the output folder, held by this process.
+        device: where layers run.
+        progress: told about every step.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: ConversionPlan,
+        shards: ShardWriter,
+        device: str,
+        progress: Progress,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.shards = shards
+        self.progress = progress
+        self.model = read_model(checkpoint.config)
+        self.family = FAMILIES[self.model.family]
+        self.reader = LayerReader(checkpoint, self.model, device)
+        self.work = shards.folder / WORK_NAME
+        self.work.mkdir(exist_ok=True)
+
+    def convert(self, text: str | None) -> dict[str, Any]:
+        """Writes every layer that is not there yet; gives what was measured on the whole."""
+        if text is None or self.plan.calibration is None:
+            for index, tensors, facts in self._equal_cache():
+                self._write_layer(index, tensors, facts)
+            return {}
+        windows = choose_windows(text, self.checkpoint.path, self.plan.calibration)
+        method = TransMLA(self.reader, self.plan, windows, self.work, self.progress)
+        for index, tensors, facts in method.layers(self._is_done):
+            self._write_layer(index, tensors, facts)
+        return {
+            "calibration_windows": len(windows),
+            "freqfold": method.freqfold,
+            "held_out_perplexity": {str(k): v for k, v in method.perplexity.items()},
+        }
+
+    def finish(self, measured: dict[str, Any]) -> ConversionPlan:
+        """The tensors outside the layers, then config, card and index; then the work is gone."""
+        count = len(self.plan.layers)
+        facts = [json.loads(self._facts(index).read_text()) for index in range(count)]
+        exponent = max(fact.pop("norm_exponent") for fact in facts)
+        exponent = min(exponent, HIGHEST_EXPONENT.get(self.plan.dtype, exponent))
+        plan = replace(self.plan, measured={**measured, "layers": facts})
+        self.progress("write", 0, 1)
+        if not self.shards.exists(plan.shards):
+            self.shards.write(plan.shards, self._rest(exponent))
+        folder = self.shards.folder
+        copy_side_files(self.checkpoint.path, folder)
+        write_text_atomic(folder / "README.md", model_card(plan))
+        config = converted_config(self.checkpoint.config, plan, self.model, exponent)
+        write_json_atomic(folder / "config.json", config)
+        self.shards.finish()
+        plan.write(folder, "complete")
+        shutil.rmtree(self.work)
+        self.progress("write", 1, 1)
+        return plan
+
+    def _equal_cache(self) -> Iterator[LayerResult]:
+        factorise = article if self.plan.goal.form == "article" else equal_cache
+        count = len(self.plan.layers)
+        for index in range(count):
+            self.progress("convert", index, count)
+            if not self._is_done(index):
+                weights = layer_weights(self.reader, index)
+                yield index, factorise(weights, self.model.layers[index]), {}
+        self.progress("convert", count, count)
+
+    def _is_done(self, index: int) -> bool:
+        return self._facts(index).exists() and self.shards.exists(index + 1)
+
+    def _write_layer(self, index: int, tensors: Tensors, facts: dict[str, float]) -> None:
+        """One shard: the new attention tensors, and the layer's other tensors as they are."""
+        down = tensors["kv_a_proj_with_mqa.weight"]
+        bias = tensors.get("kv_a_proj_with_mqa.bias", down.new_zeros(len(down)))
+        latent = torch.cat([down, bias[:, None]], 1)[: self.plan.target.kv_lora_rank]
+        norm = self.checkpoint.read(self.family.layer(index) + "input_layernorm.weight")
+        bound = latent_bound(latent, norm.to(latent))
+        write_json_atomic(
+            self._facts(index), {**facts, "norm_exponent": identity_norm_exponent(bound)}
+        )
+        prefix = self.family.attention_prefix(index)
+        new = {prefix + name: tensor for name, tensor in tensors.items()}
+        self.shards.write(index + 1, self._shard(index + 1, new))
+
+    def _rest(self, exponent: int) -> Tensors:
+        """Embeddings, final norm, output matrix, and the latent norms that change nothing."""
+        new: Tensors = {}
+        for index, layer in enumerate(self.plan.layers):
+            name = self.family.attention_prefix(index) + "kv_a_layernorm.weight"
+            new[name] = torch.full((layer.kv_lora_rank or 0,), 2.0**exponent)
+        return self._shard(self.plan.shards, new)
+
+    def _shard(self, shard: int, new: Tensors) -> Tensors:
+        """Every planned tensor of a shard, new or read from the source, in its planned dtype."""
+        result: Tensors = {}
+        for tensor in self.plan.tensors:
+            if tensor.shard != shard:
+                continue
+            value = new.get(tensor.name)
+            if value is None:
+                value = self.checkpoint.read(tensor.name)
+            if not tensor.copied:
+                value = value.to(TORCH_DTYPES[tensor.dtype]).contiguous()
+                if not bool(value.isfinite().all()):
+                    raise MlakitError(
+                        f"{tensor.name} has numbers that {tensor.dtype} cannot hold",
+                        remedy="use --dtype bfloat16 or float32",
+                    )
+            result[tensor.name] = value
+        return result
+
+    def _facts(self, index: int) -> Path:
+        return self.work / f"layer-{index:05d}.json"
