@@ -164,7 +164,7 @@ def converted(config: Config, rope: RopeSpec | None, window: int | None) -> Atte
         )
     rotated, blocks = size(config, "qk_rope_head_dim"), size(config, "rope_blocks")
     value_dim = size(config, "v_head_dim")
-    source = config.get("mlakit", {}).get("source_attention", {})
+    source = (config.get("mlakit") or {}).get("source_attention", {})
     scale = config.get("softmax_scale")
     if not isinstance(scale, float | int):
         raise UnsupportedModelError(f"config.json has softmax_scale {scale!r}, not a number")

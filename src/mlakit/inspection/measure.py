@@ -281,7 +281,7 @@ def _candidates(
     """The variants to show: now, its source, MHA, MQA, then latent attention, widest first."""
     layers = list(spec.layers)
     found = [("now", layers)]
-    origin = spec.config.get("mlakit", {}).get("source_attention")
+    origin = (spec.config.get("mlakit") or {}).get("source_attention")
     if origin:
         plain = [account.as_mha(layer) for layer in layers]
         size = {"num_key_value_heads": origin["num_key_value_heads"]}
