@@ -1,0 +1,433 @@
+"""Checkpoints: headers believed only when the bytes are there, writes that are whole or nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mlakit.checkpoint import (
+    ShardWriter,
+    copy_side_files,
+    open_checkpoint,
+    read_header,
+    require_free_space,
+    write_json_atomic,
+    write_text_atomic,
+)
+from mlakit.checkpoint.writing import INDEX_NAME, LOCK_NAME
+from mlakit.errors import MlakitError, UnsupportedModelError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+FOLDER = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+tables = st.dictionaries(
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=8),
+    st.tuples(shapes, st.sampled_from(sorted(DTYPES))),
+    min_size=1,
+    max_size=5,
+).filter(lambda table: "__metadata__" not in table)
+
+
+def tensor(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return (torch.randn(shape) * 3).to(DTYPES[dtype])
+
+
+def make_model(folder: Path, shards: int = 2) -> dict[str, torch.Tensor]:
+    """A folder with ``shards`` files, written by the safetensors library."""
+    folder.mkdir(exist_ok=True)
+    tensors = {f"layer.{i}.weight": torch.randn(4, 3) for i in range(4)}
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return tensors
+    weight_map = {}
+    for shard in range(shards):
+        part = dict(list(tensors.items())[shard::shards])
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors
+
+
+def listing(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@FOLDER
+@given(table=tables)
+def test_headers_and_tensors_are_those_of_the_library(table, tmp_path):
+    made = {name: tensor(*what, seed) for seed, (name, what) in enumerate(table.items())}
+    theirs, ours = tmp_path / "theirs.safetensors", tmp_path / "ours"
+    save_file(made, theirs, metadata={"format": "pt"})
+    with ShardWriter(ours, 1) as writer:
+        writer.write(1, made)
+    header, own = read_header(theirs), read_header(writer.path(1))
+    assert own.metadata == header.metadata and set(own.tensors) == set(made)
+    back = load_file(writer.path(1))
+    for name, value in made.items():
+        for info in (header.tensors[name], own.tensors[name]):
+            assert info.shape == tuple(value.shape) and DTYPES[info.dtype] == value.dtype
+            assert info.nbytes == value.numel() * value.element_size()
+        assert (
+            back[name].dtype == value.dtype
+            and torch.equal(back[name].view(torch.uint8), value.view(torch.uint8))
+            if value.dim()
+            else back[name].to(torch.float64) == value.to(torch.float64)
+        )
+
+
+@FOLDER
+@given(data=st.binary(max_size=200))
+def test_any_bytes_are_a_header_or_one_clear_error(data, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(MlakitError, match=r"model\.safetensors is damaged or cut short"):
+        read_header(path)
+
+
+@FOLDER
+@given(text=st.recursive(
+    st.none() | st.integers(-9, 9) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["a", "dtype", "shape", "data_offsets"]), inner, max_size=4),
+    max_leaves=8,
+))  # fmt: skip
+def test_any_json_is_a_header_or_one_clear_error(text, tmp_path):
+    path = tmp_path / "model.safetensors"
+    body = json.dumps(text).encode()
+    path.write_bytes(len(body).to_bytes(8, "little") + body + b"x")
+    with pytest.raises(MlakitError, match="damaged"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 30, 200, -1])
+def test_truncated_shard_is_named_with_both_sizes(keep, tmp_path):
+    make_model(tmp_path)
+    path = tmp_path / "model-00002-of-00002.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    with pytest.raises(MlakitError) as caught:
+        open_checkpoint(tmp_path)
+    assert path.name in caught.value.message and caught.value.remedy
+    size = len(whole[:keep])
+    assert str(size) in caught.value.message
+    if keep == -1:
+        assert str(len(whole)) in caught.value.message
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(MlakitError, match="promises"):
+        open_checkpoint(tmp_path)
+
+
+def test_missing_shard_and_missing_tensor_are_named(tmp_path):
+    make_model(tmp_path)
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    index["weight_map"]["ghost.weight"] = shard.name
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(MlakitError, match=f"places ghost.weight in {shard.name}"):
+        open_checkpoint(tmp_path)
+    shard.unlink()
+    with pytest.raises(MlakitError, match=f"lacks {shard.name}"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["../model.safetensors", "/etc/passwd", 3])
+def test_index_cannot_point_elsewhere(place, tmp_path):
+    make_model(tmp_path)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": place}}))
+    with pytest.raises(MlakitError, match="no plain file name"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name,text,words",
+    [
+        ("config.json", "{", "config.json is not valid JSON"),
+        ("config.json", "[1]", "not a JSON object"),
+        (INDEX_NAME, "{}", "no weight_map"),
+        (INDEX_NAME, "{", "not valid JSON"),
+        ("config.json", None, "no config.json"),
+    ],
+)
+def test_bad_small_files(name, text, words, tmp_path):
+    make_model(tmp_path)
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(MlakitError, match=words):
+        open_checkpoint(tmp_path)
+
+
+def test_pickles_are_refused_with_a_remedy(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UnsupportedModelError, match=r"pytorch_model\.bin, a pickle") as caught:
+        open_checkpoint(tmp_path)
+    assert "safetensors" in caught.value.remedy and caught.value.exit_code == 3
+
+
+def test_no_weights_no_index_no_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(MlakitError, match="holds no weights"):
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path, weights=False).names == []
+    save_file({"a": torch.ones(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(MlakitError, match="did not finish"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(MlakitError, match="is a file"):
+        open_checkpoint(tmp_path / "config.json")
+    with pytest.raises(MlakitError, match="does not exist"):
+        open_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reads_what_is_stored(shards, dtype, tmp_path):
+    made = make_model(tmp_path, shards)
+    if shards == 1:
+        made = {name: value.to(dtype) for name, value in made.items()}
+        save_file(made, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(checkpoint.names) == set(made)
+    assert checkpoint.nbytes_total == sum(t.numel() * t.element_size() for t in made.values())
+    for name, value in made.items():
+        assert torch.equal(checkpoint.read(name), value)
+        assert checkpoint.read(name).dtype == value.dtype
+        assert checkpoint.shape(name) == tuple(value.shape) == checkpoint.shapes[name]
+    with pytest.raises(MlakitError, match="no tensor ghost"):
+        checkpoint.read("ghost")
+
+
+def test_single_file_goes_before_an_index(tmp_path):
+    make_model(tmp_path)
+    save_file({"only": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).names == ["only"]
+
+
+def test_fingerprint_tells_sources_apart(tmp_path):
+    make_model(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first = open_checkpoint(tmp_path / "a").fingerprint
+    (tmp_path / "b" / "README.md").write_text("not part of it")
+    assert open_checkpoint(tmp_path / "b").fingerprint == first
+    path = tmp_path / "b" / "model-00001-of-00002.safetensors"
+    changed = load_file(path)
+    save_file({name: value + 1 for name, value in changed.items()}, path, {"format": "pt"})
+    second = open_checkpoint(tmp_path / "b").fingerprint
+    (tmp_path / "a" / "config.json").write_text('{"model_type": "qwen2"}')
+    third = open_checkpoint(tmp_path / "a").fingerprint
+    assert len({first, second, third}) == 3
+
+
+def test_writer_resumes_and_finishes_with_the_index(tmp_path):
+    made = {f"t{i}": torch.randn(3, 5) for i in range(6)}
+    parts = [dict(list(made.items())[i : i + 2]) for i in (0, 2, 4)]
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    with ShardWriter(once, 3) as writer:
+        for shard, part in enumerate(parts, 1):
+            writer.write(shard, part)
+        writer.finish()
+    with ShardWriter(twice, 3) as writer:
+        writer.write(2, parts[1])
+        with pytest.raises(MlakitError, match="another process"):
+            ShardWriter(twice, 3)
+        assert writer.nbytes == writer.path(2).stat().st_size
+    (twice / "config.json").write_text("{}")
+    with pytest.raises(MlakitError, match="did not finish"):
+        open_checkpoint(twice)
+    (twice / "model-00001-of-00003.safetensors.partial").write_bytes(b"half")
+    with ShardWriter(twice, 3) as writer:
+        assert [writer.exists(shard) for shard in (1, 2, 3)] == [False, True, False]
+        writer.path(2).write_bytes(writer.path(2).read_bytes()[:-1])
+        assert not writer.exists(2)
+        with pytest.raises(MlakitError, match="Cannot read"):
+            writer.finish()
+        for shard in (3, 2, 1):
+            writer.write(shard, dict(reversed(parts[shard - 1].items())))
+        writer.finish()
+    (twice / "config.json").unlink()
+    assert listing(once) == listing(twice) and LOCK_NAME not in listing(once)
+    for name in listing(once):
+        assert (once / name).read_bytes() == (twice / name).read_bytes()
+    (once / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(once)
+    assert all(torch.equal(checkpoint.read(name), value) for name, value in made.items())
+
+
+def test_writer_refuses_the_same_tensor_twice(tmp_path):
+    with ShardWriter(tmp_path, 2) as writer:
+        writer.write(1, {"a": torch.ones(1)})
+        writer.write(2, {"a": torch.ones(1)})
+        with pytest.raises(MlakitError, match="a is in both"):
+            writer.finish()
+    assert INDEX_NAME not in listing(tmp_path)
+
+
+def test_writer_takes_views_and_scalars(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    made = {"turned": base.T, "row": base[1], "scalar": torch.tensor(2.5), "none": base[:0]}
+    with ShardWriter(tmp_path, 1) as writer:
+        writer.write(1, made)
+    back = load_file(writer.path(1))
+    assert all(torch.equal(back[name], value) for name, value in made.items())
+
+
+def test_a_killed_writer_lets_go(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from mlakit.checkpoint import ShardWriter\n"
+        f"w = ShardWriter(Path({str(tmp_path)!r}), 1); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert LOCK_NAME in listing(tmp_path)
+    ShardWriter(tmp_path, 1).close()
+    assert listing(tmp_path) == set()
+
+
+def test_full_disk_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
+    with ShardWriter(tmp_path, 2) as writer:
+        writer.write(1, {"a": torch.ones(10)})
+        before = listing(tmp_path)
+
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(MlakitError, match=r"disk is full: .*00002-of-00002.* 4,\d\d\d bytes"):
+            writer.write(2, {"b": torch.ones(1000)})
+        assert listing(tmp_path) == before
+        monkeypatch.undo()
+        assert writer.exists(1) and not writer.exists(2)
+
+
+def test_a_real_limit_on_file_size_is_reported_the_same_way(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ShardWriter(tmp_path, 1) as writer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(MlakitError, match="disk is full"):
+                writer.write(1, {"b": torch.ones(10_000)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert listing(tmp_path) == set()
+
+
+def test_text_stays_whole_when_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    write_json_atomic(path, {"é": 1})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(MlakitError, match="Cannot write .*Permission denied"):
+        write_text_atomic(path, "new")
+    assert listing(tmp_path) == {"plan.json"} and "é" in path.read_text(encoding="utf-8")
+
+
+def test_space_is_asked_for_before_writing(tmp_path):
+    require_free_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(MlakitError, match="1,000,000,000,000,000,000 bytes needed"):
+        require_free_space(tmp_path / "not" / "there", 10**18)
+
+
+def test_side_files_travel_and_weights_do_not(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    make_model(source)
+    target.mkdir()
+    wanted = ["LICENSE", "chat_template.jinja", "generation_config.json", "merges.txt",
+              "tokenizer.json", "tokenizer_config.json", "vocab.json"]  # fmt: skip
+    for name in [*wanted, "README.md", "modeling_evil.py", "pytorch_model.bin"]:
+        (source / name).write_text(name)
+    assert copy_side_files(source, target) == wanted
+    assert listing(target) == set(wanted)
+    assert all((target / name).read_text() == name for name in wanted)
+
+
+def test_hub_model_is_opened_by_headers_and_read_on_demand(tmp_path, monkeypatch):
+    remote, cache = tmp_path / "remote", tmp_path / "snapshots" / "abc123"
+    made = make_model(remote)
+    cache.mkdir(parents=True)
+    fetched = []
+
+    class RemoteFile:
+        def __init__(self, path: Path) -> None:
+            self.file, self.size = path.open("rb"), path.stat().st_size
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *problem):
+            self.file.close()
+
+        def read(self, count: int) -> bytes:
+            return self.file.read(count)
+
+    class Remote:
+        def list_repo_files(self, model, revision):
+            assert (model, revision) == ("org/toy", "abc123")
+            return [path.name for path in remote.iterdir()]
+
+        def open(self, address, mode, block_size):
+            return RemoteFile(remote / address.removeprefix("org/toy@abc123/"))
+
+    def snapshot(model, allow_patterns):
+        for name in ("config.json", INDEX_NAME):
+            assert name in allow_patterns
+            shutil.copy(remote / name, cache / name)
+        return str(cache)
+
+    def download(model, name, revision):
+        fetched.append(name)
+        shutil.copy(remote / name, cache / name)
+        return str(cache / name)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Remote)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Remote)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    checkpoint = open_checkpoint("org/toy")
+    assert checkpoint.path == cache and checkpoint.shapes == dict.fromkeys(made, (4, 3))
+    assert fetched == []
+    name = next(iter(made))
+    assert torch.equal(checkpoint.read(name), made[name])
+    assert fetched == ["model-00001-of-00002.safetensors"]
+    monkeypatch.setattr(Remote, "list_repo_files", lambda *a, **k: 1 / 0)  # the network is gone
+    with pytest.raises(MlakitError, match=r"lacks model-00002"):
+        open_checkpoint("org/toy")
+
+
+def test_unreachable_hub_is_one_error(monkeypatch):
+    def offline(*args, **options):
+        raise ConnectionError("no route to host\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(MlakitError, match="There is no folder org/toy here.*no route to host$"):
+        open_checkpoint("org/toy")
