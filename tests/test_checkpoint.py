@@ -95,12 +95,9 @@ def test_headers_and_tensors_are_those_of_the_library(table, tmp_path):
         for info in (header.tensors[name], own.tensors[name]):
             assert info.shape == tuple(value.shape) and DTYPES[info.dtype] == value.dtype
             assert info.nbytes == value.numel() * value.element_size()
-        assert (
-            back[name].dtype == value.dtype
-            and torch.equal(back[name].view(torch.uint8), value.view(torch.uint8))
-            if value.dim()
-            else back[name].to(torch.float64) == value.to(torch.float64)
-        )
+        assert back[name].dtype == value.dtype and back[name].shape == value.shape
+        bits = [these.reshape(-1).view(torch.uint8) for these in (back[name], value)]
+        assert torch.equal(*bits)
 
 
 @FOLDER
@@ -256,7 +253,7 @@ def test_writer_resumes_and_finishes_with_the_index(tmp_path):
         writer.finish()
     with ShardWriter(twice, 3) as writer:
         writer.write(2, parts[1])
-        with pytest.raises(MlakitError, match="another process"):
+        with pytest.raises(MlakitError, match="Another process"):
             ShardWriter(twice, 3)
         assert writer.nbytes == writer.path(2).stat().st_size
     (twice / "config.json").write_text("{}")
@@ -347,7 +344,7 @@ def test_text_stays_whole_when_writing_fails(tmp_path, monkeypatch):
         raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(MlakitError, match="Cannot write .*Permission denied"):
+    with pytest.raises(MlakitError, match=r"Cannot write .*Permission denied"):
         write_text_atomic(path, "new")
     assert listing(tmp_path) == {"plan.json"} and "é" in path.read_text(encoding="utf-8")
 
@@ -429,5 +426,5 @@ def test_unreachable_hub_is_one_error(monkeypatch):
         raise ConnectionError("no route to host\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(MlakitError, match="There is no folder org/toy here.*no route to host$"):
+    with pytest.raises(MlakitError, match=r"There is no folder org/toy here.*: no route to host\n"):
         open_checkpoint("org/toy")
