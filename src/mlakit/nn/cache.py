@@ -153,6 +153,11 @@ class LatentCache(Cache):
         return sum(pages.numel() * pages.element_size() for pages in self.pages)
 
     @property
+    def nbytes_per_token(self) -> int:
+        """Bytes that one token of one sequence takes in all layers together."""
+        return sum(pages.shape[-1] * pages.element_size() for pages in self.pages)
+
+    @property
     def batch_size(self) -> int:
         """Sequences, B."""
         return self.block_table.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,16 @@ class LatentConfig:
             raise ValueError("the equal-cache form has qk_nope_head_dim 0")
         if self.mla_form == "article" and self.kv_lora_rank % 2:
             raise ValueError(f"kv_lora_rank {self.kv_lora_rank} is odd: two halves are cached")
+
+    def rope_schedule(self) -> LatentConfig:
+        """A copy whose heads are one rotary block wide: what transformers' rope functions read."""
+        schedule = copy.copy(self)
+        schedule.head_dim = self.qk_rope_head_dim // self.rope_blocks
+        return schedule
+
+    def validate_rope(self) -> None:
+        """transformers' own checks, of the dims that turn."""
+        super(LatentConfig, self.rope_schedule()).validate_rope()  # type: ignore[misc]
 
     @property
     def query_dim(self) -> int:

@@ -8,7 +8,6 @@ the cache rows themselves (DeepSeek-V2, arXiv 2405.04434, section 2.1; "absorb")
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -59,9 +58,7 @@ class LatentRotaryEmbedding(LlamaRotaryEmbedding):
     """
 
     def __init__(self, config: LatentConfig) -> None:
-        schedule = copy.deepcopy(config)
-        schedule.head_dim = config.qk_rope_head_dim // config.rope_blocks
-        super().__init__(schedule)  # type: ignore[arg-type]
+        super().__init__(config.rope_schedule())  # type: ignore[arg-type]
         self.blocks = config.rope_blocks
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

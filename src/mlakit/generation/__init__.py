@@ -1,0 +1,5 @@
+"""Text from a model, converted or ordinary: batched, streamed, greedy or sampled."""
+
+from mlakit.generation.generate import GenerationResult, generate
+
+__all__ = ["GenerationResult", "generate"]

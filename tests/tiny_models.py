@@ -1,0 +1,78 @@
+"""Small random checkpoints of every convertible family, with a tokenizer of single letters."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+LETTERS = string.ascii_letters + " .,\n"
+TEXT = "".join(LETTERS[(i * i + 7 * i) % len(LETTERS)] for i in range(4000))
+
+
+def save_tiny(
+    folder: Path,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    sharded: bool = False,
+    **options: Any,
+) -> Path:
+    """Saves a two-layer model, weights larger than usual so that attention is not flat."""
+    settings = {
+        "vocab_size": len(LETTERS) + 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.25,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **options,
+    }
+    if family != "qwen2":
+        settings.setdefault("head_dim", 8)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.to(dtype).save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
+    tokenizer = Tokenizer(
+        WordLevel({"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(LETTERS)}}, "</s>")
+    )
+    tokenizer.pre_tokenizer = Split(Regex("[\\s\\S]"), "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def use_old_config_style(folder: Path) -> None:
+    """Spells RoPE as configs did before transformers 5."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    config["torch_dtype"] = config.pop("dtype")
+    path.write_text(json.dumps(config))
