@@ -1,24 +1,27 @@
-"""One function per verb, with the same argument names as the command line."""
+"""One function per verb, with the same argument names as the command line.
+
+Verbs that live in one room are found there on first use; those that combine rooms are here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from mlakit.conversion.plan import ConversionPlan
+    from mlakit.conversion.apply import convert
+    from mlakit.evaluation import evaluate, verify
     from mlakit.generation import GenerationResult
-    from mlakit.inspection import Inspection
-    from mlakit.reporting.schema import Report
+    from mlakit.inspection import inspect
+    from mlakit.nn.hf import load, register
+    from mlakit.nn.trace import track_shapes
 
 __all__ = [
     "convert",
-    "demo",
     "doctor",
-    "eval",
+    "evaluate",
     "generate",
     "inspect",
     "load",
@@ -27,23 +30,84 @@ __all__ = [
     "verify",
 ]
 
+HOMES = {
+    "convert": "mlakit.conversion.apply",
+    "evaluate": "mlakit.evaluation",
+    "inspect": "mlakit.inspection",
+    "load": "mlakit.nn.hf",
+    "register": "mlakit.nn.hf",
+    "track_shapes": "mlakit.nn.trace",
+    "verify": "mlakit.evaluation",
+}
 
-def load(model: str | Path, *, dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
-    """A converted or an ordinary checkpoint as a transformers model, ready to run."""
-    from mlakit.nn.hf import load as read
 
-    return read(model, dtype=dtype, device=device)
+def __getattr__(name: str) -> Any:
+    """A verb from its home room."""
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
+    raise AttributeError(f"module 'mlakit.api' has no attribute {name!r}")
 
 
-def register() -> None:
-    """Tell transformers' Auto classes about converted checkpoints; safe to call twice."""
-    from mlakit.nn.hf import register as announce
+def generate(
+    model: str | Path,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int | None = None,
+    chat: bool = False,
+    dtype: str | None = None,
+    device: str = "cpu",
+    on_text: Callable[[int, str], None] | None = None,
+) -> GenerationResult:
+    """Text from a checkpoint, converted or ordinary: folder in, text out.
 
-    announce()
+    Args:
+        model: folder or hub id.
+        prompts: one prompt or several; each is continued as if it were alone.
+        max_new_tokens: most tokens written per prompt.
+        temperature: 0 for the most likely token, else the logits are divided by it.
+        top_p: samples from the most likely tokens that reach this probability.
+        top_k: samples from this many tokens; 0 for all.
+        stop: strings that end a text and are not part of it.
+        seed: seed of the sampling.
+        batch_size: prompts at a time; all together by default.
+        chat: wrap each prompt in the tokenizer's chat template as one user message.
+        dtype: ``float32``, ``bfloat16``, ``float16``; the checkpoint's own by default.
+        device: ``cpu``, ``cuda`` ...
+        on_text: called with a prompt's index and the next piece of its text.
+
+    Raises:
+        MlakitError: the checkpoint cannot be loaded.
+        UsageError: an option makes no sense, or a prompt does not fit the context.
+    """
+    from mlakit.evaluation import open_subject
+    from mlakit.generation import generate as write
+
+    subject = open_subject(model, dtype=dtype, device=device)
+    return write(
+        subject.model,
+        subject.tokenizer,
+        [prompts] if isinstance(prompts, str) else prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=stop,
+        seed=seed,
+        batch_size=batch_size,
+        chat=chat,
+        on_text=on_text,
+    )
 
 
 def doctor() -> dict[str, str]:
     """What is installed here and which decode implementation would run, with the reason."""
+    import os
     import platform
     from importlib import metadata
 
@@ -58,12 +122,10 @@ def doctor() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             findings[package] = "not installed"
     findings["cpu threads"] = str(torch.get_num_threads())
-    devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         findings[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        devices.append("cuda")
-    for device in dict.fromkeys(devices):
-        choice = choose(device, torch.bfloat16)
-        findings[f"decode on {device}"] = f"{choice.name}: {choice.reason}"
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        choice = choose(device, torch.bfloat16, os.environ.get("MLAKIT_KERNEL"))
+        findings[f"decode on {device}"] = f"{choice.name} ({choice.reason})"
     return findings

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 unsupported model, 4 verification below
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -72,6 +73,7 @@ def _read_config(path: Path) -> dict[str, dict[str, object]]:
 
 def main() -> None:
     """Entry point of the ``mlakit`` command."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; ours is mlakit.cli.progress
     arguments = [item for item in sys.argv[1:] if item not in ("-v", "--verbose")]
     verbose = len(arguments) < len(sys.argv) - 1
     try:

@@ -1,0 +1,69 @@
+"""``mlakit demo``: the whole job on the model that ships with the package."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the two conversions and the report.")
+    ] = Path("mlakit-demo"),
+    cache_ratio: Annotated[
+        float, typer.Option(help="Share of the cache that the compressed model keeps.")
+    ] = 0.5,
+) -> None:
+    """Inspect, convert in both modes, verify, generate before and after, write the report."""
+    from rich.console import Console
+
+    from mlakit.cli.progress import show_progress
+    from mlakit.conversion.apply import convert
+    from mlakit.evaluation import check, evaluate
+    from mlakit.inspection import inspect, print_inspection
+    from mlakit.reporting.folder import write_report
+    from mlakit.reporting.table import print_report, print_verification
+
+    console = Console()
+    exact, compressed = output / "equal-cache", output / "compressed"
+    with resources.as_file(resources.files("mlakit") / "assets" / "demo_model") as source:
+        _step(console, f"Look: mlakit inspect {source}")
+        print_inspection(inspect(str(source)), console)
+
+        _step(console, f"Same cache, exact: mlakit convert DEMO -o {exact} --equal-cache")
+        with show_progress() as progress:
+            convert(source, exact, equal_cache=True, progress=progress)
+        found = check(str(source), str(exact))
+        print_verification(found, console)
+        found.require()
+
+        _step(
+            console, f"Less cache: mlakit convert DEMO -o {compressed} --cache-ratio {cache_ratio}"
+        )
+        with show_progress() as progress:
+            convert(source, compressed, cache_ratio=cache_ratio, progress=progress)
+            report = evaluate(
+                str(source),
+                str(compressed),
+                command=f"mlakit demo --cache-ratio {cache_ratio}",
+                progress=progress,
+            )
+    print_report(report, console)
+
+    _step(console, "Before and after")
+    for sample in report.samples:
+        for label, text in (("source", sample.source), ("result", sample.result or "")):
+            typer.echo(f"[{label}] {sample.prompt.strip()} >>> {' '.join(text.split())}")
+    write_report(report, output)
+    summary = {"equal_cache": found.model_dump(), "compressed": report.model_dump()}
+    (output / "demo.json").write_text(json.dumps(summary, indent=1, default=str), encoding="utf-8")
+    typer.echo(f"\nreport: {output / 'report.html'}")
+
+
+def _step(console: object, title: str) -> None:
+    """A heading that reads the same in a terminal and in a log."""
+    typer.echo(f"\n== {title}")

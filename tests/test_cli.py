@@ -1,0 +1,93 @@
+"""The command line: exit codes, one clear error, config files, and verbs on a real checkpoint."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mlakit.cli import app
+
+COMMAND = [sys.executable, "-c", "from mlakit.cli import main; main()"]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own, as a user would run it."""
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_version_and_help() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output.startswith("mlakit ")
+    listed = CliRunner().invoke(app, ["--help"]).output
+    for verb in ("inspect", "convert", "verify", "eval", "generate", "trace", "demo", "doctor"):
+        assert verb in listed
+
+
+def test_missing_folder_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    done = run("inspect", tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_verbose_shows_the_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in run("inspect", tmp_path / "nowhere", "-v").stderr
+
+
+def test_wrong_usage_is_exit_2(tmp_path: Path) -> None:
+    assert run("convert", tmp_path, "--no-such-option").returncode == 2
+    assert run("generate", tmp_path).returncode == 2  # no prompt
+
+
+def test_unknown_family_is_exit_3(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_unheard_of"}))
+    done = run("inspect", tmp_path)
+    assert done.returncode == 3 and "gpt_unheard_of" in done.stderr
+
+
+def test_config_file_sets_options(shared: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "mlakit.toml"
+    settings.write_text("[inspect]\ncontext = 128\nbatch = 3\n")
+    model = shared / "models" / "stories260k"
+    plain = json.loads(run("inspect", model, "--json", "--context", 128, "--batch", 3).stdout)
+    configured = json.loads(run("--config", settings, "inspect", model, "--json").stdout)
+    assert configured == plain
+
+
+@pytest.mark.parametrize("content", ["[nonsense]\nx = 1\n", "not toml", "inspect = 3\n"])
+def test_bad_config_file(content: str, tmp_path: Path) -> None:
+    settings = tmp_path / "mlakit.toml"
+    settings.write_text(content)
+    done = run("--config", settings, "doctor")
+    assert done.returncode == 2 and "mlakit.toml" in done.stderr
+
+
+def test_the_whole_job(shared: Path, tmp_path: Path) -> None:
+    source, text = shared / "models" / "stories260k", shared / "data/tinystories/valid.txt"
+    exact = tmp_path / "exact"
+    assert run("convert", source, "-o", exact, "--equal-cache").returncode == 0
+    verified = run("verify", source, exact, "--text", text, "--json")
+    assert verified.returncode == 0 and json.loads(verified.stdout)["kl_mean"] < 1e-9
+    before, after = (
+        json.loads(run("generate", model, "Once upon a time", "--json").stdout)
+        for model in (source, exact)
+    )
+    assert before["results"] == after["results"]
+
+
+def test_compress_and_refuse_below_threshold(shared: Path, tmp_path: Path) -> None:
+    source, text = shared / "models" / "stories260k", shared / "data/tinystories/train.txt"
+    small = tmp_path / "small"
+    options = ["--cache-ratio", "0.5", "--calibration", text, "--calibration-tokens", 4096]
+    assert run("convert", source, "-o", small, *options).returncode == 0
+    done = run("verify", source, small, "--text", text, "--max-kl", 1e-6)
+    assert done.returncode == 4 and "KL" in done.stderr
+
+
+def test_doctor_names_the_kernel() -> None:
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["decode on cpu"].startswith("cpu ")
