@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from latent_models import FORMS, in_steps, latent_model, token_ids
 from mlakit.account import cache_bytes
 from mlakit.errors import MlakitError, UsageError
 from mlakit.nn.cache import LatentCache
 from mlakit.nn.hf import attention_specs, cache_nbytes, new_cache
 from mlakit.spec import AttentionSpec
-from tiny_models import FORMS, in_steps, tiny_model, token_ids
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 """float32 logits of size 6, sums in another order."""
@@ -50,7 +50,7 @@ def poison(cache: LatentCache) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [1, 64, 65, 200])
 def test_bytes_are_the_accounts(form: str, length: int) -> None:
-    model = tiny_model(form=form).bfloat16()
+    model = latent_model(form=form).bfloat16()
     cache = new_cache(model, 3, length)
     assert isinstance(cache, LatentCache)
     expected = cache_bytes(attention_specs(model), 3, length, 2, block_size=64)
@@ -64,7 +64,7 @@ def test_bytes_are_the_accounts(form: str, length: int) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_poison_and_page_order_do_not_matter(form: str) -> None:
-    model, ids = tiny_model(form=form), token_ids(3, 20)
+    model, ids = latent_model(form=form), token_ids(3, 20)
     with torch.no_grad():
         whole = model(ids).logits
     cache = LatentCache(attention_specs(model), 3, 21, dtype=torch.float32, block_size=4)
@@ -78,7 +78,7 @@ def test_poison_and_page_order_do_not_matter(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_of_their_own_lengths(form: str) -> None:
     """Left padding, a row that gets nothing in a step, and two tokens for some rows."""
-    model, ids = tiny_model(form=form), token_ids(3, 12)
+    model, ids = latent_model(form=form), token_ids(3, 12)
     cache = LatentCache(attention_specs(model), 3, 12, dtype=torch.float32, block_size=4)
     poison(cache)
     given_tokens = [0, 0, 0]
@@ -101,7 +101,7 @@ def test_rows_of_their_own_lengths(form: str) -> None:
 
 
 def test_right_padded_prompts_start_a_cache() -> None:
-    model, ids = tiny_model(), token_ids(2, 8)
+    model, ids = latent_model(), token_ids(2, 8)
     mask = torch.tensor([[1] * 8, [1] * 3 + [0] * 5])
     cache = new_cache(model, 2, 10)
     with torch.no_grad():

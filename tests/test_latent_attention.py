@@ -21,6 +21,17 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from latent_models import (
+    FAMILIES,
+    FORMS,
+    GROUPS,
+    HEADS,
+    SIZE,
+    in_steps,
+    latent_config,
+    latent_model,
+)
+from latent_models import token_ids as tokens
 from mlakit.nn.hf import new_cache
 from mlakit.nn.latent_attention import (
     EqualCacheAttention,
@@ -28,8 +39,6 @@ from mlakit.nn.latent_attention import (
     LatentRotaryEmbedding,
     MLAttention,
 )
-from tiny_models import FAMILIES, FORMS, GROUPS, HEADS, SIZE, in_steps, tiny_config, tiny_model
-from tiny_models import token_ids as tokens
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 """float32: logits of size 6 after two layers; sums in another order differ by some 1e-5."""
@@ -115,12 +124,12 @@ ODD: list[dict[str, Any]] = [
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
 def test_block_equals_its_formula(form: str, changes: dict[str, Any]) -> None:
-    check_block(tiny_model(form=form, **changes))
+    check_block(latent_model(form=form, **changes))
 
 
 @pytest.mark.parametrize("changes", ODD, ids=["rank1", "rank5", "rank24"])
 def test_odd_sizes_equal_the_formula(changes: dict[str, Any]) -> None:
-    model = tiny_model(**changes)
+    model = latent_model(**changes)
     check_block(model)
     ids = tokens(2, 9)
     steps = in_steps(model, ids, new_cache(model, 2, 9), (4, 3, 1, 1))
@@ -144,7 +153,7 @@ def check_block(model: Any) -> None:
 def test_steps_equal_one_pass_with_every_cache(
     family: str, form: str, changes: dict[str, Any]
 ) -> None:
-    model, ids = tiny_model(family, form, **changes), tokens(2, 20)
+    model, ids = latent_model(family, form, **changes), tokens(2, 20)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     for cache in (new_cache(model, 2, 20), DynamicCache(config=model.config), DynamicCache()):
@@ -158,10 +167,10 @@ def test_sliding_window_beyond_the_window(family: str, window: int, form: str) -
     changes = {"sliding_window": window}
     if family == "qwen2":
         changes |= {"use_sliding_window": True, "max_window_layers": 1}
-    model, ids = tiny_model(family, form, **changes), tokens(2, 20)
+    model, ids = latent_model(family, form, **changes), tokens(2, 20)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
-        unlimited = tiny_model(family, form, sliding_window=None)(ids).logits
+        unlimited = latent_model(family, form, sliding_window=None)(ids).logits
     torch.testing.assert_close(whole[:, :window], unlimited[:, :window], **CLOSE)
     assert (whole - unlimited).abs().max() > 0.1
     for chunks in ((3, 9, *[1] * 8), (12, 8), (1,) * 20):
@@ -171,7 +180,7 @@ def test_sliding_window_beyond_the_window(family: str, window: int, form: str) -
 
 @pytest.mark.parametrize("form", FORMS)
 def test_eager_equals_sdpa_and_gives_weights(form: str) -> None:
-    model, ids = tiny_model(form=form), tokens(2, 8)
+    model, ids = latent_model(form=form), tokens(2, 8)
     with torch.no_grad():
         sdpa = model(ids).logits
         model.set_attn_implementation("eager")
@@ -189,7 +198,7 @@ def test_eager_equals_sdpa_and_gives_weights(form: str) -> None:
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_rotary_embedding_is_the_familys_own(rope: str, blocks: int) -> None:
-    config = tiny_config(
+    config = latent_config(
         form="compress",
         qk_rope_head_dim=8 * blocks,
         rope_blocks=blocks,
@@ -257,7 +266,7 @@ def source_model(family: str, **changes: Any) -> Any:
 def by_hand(source: Any, family: str, **changes: Any) -> Any:
     """The equal-cache form of a grouped-query model, filled with selectors."""
     attention = source.model.layers[0].self_attn
-    model = tiny_model(
+    model = latent_model(
         family,
         "equal-cache",
         q_bias=attention.q_proj.bias is not None,
@@ -305,7 +314,7 @@ def test_equal_cache_by_hand_equals_its_source(family: str, rope: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_training_reaches_every_parameter(form: str) -> None:
-    model, ids = tiny_model(form=form, **BIASES).train(), tokens(2, 12)
+    model, ids = latent_model(form=form, **BIASES).train(), tokens(2, 12)
     loss = model(ids, labels=ids).loss
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -321,7 +330,7 @@ def test_training_reaches_every_parameter(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_runs_close_to_float32(form: str, dtype: torch.dtype) -> None:
-    model, ids = tiny_model(form=form, initializer_range=0.1), tokens(2, 10)
+    model, ids = latent_model(form=form, initializer_range=0.1), tokens(2, 10)
     with torch.no_grad():
         exact = model(ids).logits
     model.to(dtype)
@@ -354,7 +363,7 @@ def test_structure_that_vllm_recognises() -> None:
 
 
 def test_shared_keys_are_not_copied() -> None:
-    attention = tiny_model(form="equal-cache").model.layers[0].self_attn
+    attention = latent_model(form="equal-cache").model.layers[0].self_attn
     assert isinstance(attention, EqualCacheAttention)
     key, _ = attention.expand_kv(torch.zeros(1, 1, 5, 16), torch.zeros(1, 1, 5, 16))
     assert key.shape[1] == HEADS and key.stride(1) == 0
@@ -371,6 +380,6 @@ def test_shared_keys_are_not_copied() -> None:
     ],
 )
 def test_impossible_configs_are_refused(form: str, changes: dict[str, Any], word: str) -> None:
-    config = tiny_config(form=form).to_dict() | changes
+    config = latent_config(form=form).to_dict() | changes
     with pytest.raises(Exception, match=word):
         FAMILIES["llama"][0](**config)
