@@ -315,15 +315,18 @@ def test_bytes_moved_with_experts(name):
     batch=st.integers(1, 5),
     itemsize=st.sampled_from([1, 2, 4]),
     name=st.sampled_from(["llama", "gemma2", "mistral", "deepseek_v3", "mistral-no-window"]),
+    block_size=st.sampled_from([None, 1, 64]),
 )
-def test_d03_longest_context_is_the_last_that_fits(memory, weights, batch, itemsize, name):
+def test_d03_longest_context_is_the_last_that_fits(
+    memory, weights, batch, itemsize, name, block_size
+):
     """REQUIREMENTS D03."""
     layers = SPECS[name].layers
 
     def needed(length: int) -> int:
-        return weights + account.cache_bytes(layers, batch, length, itemsize)
+        return weights + account.cache_bytes(layers, batch, length, itemsize, block_size)
 
-    longest = account.longest_context(layers, memory, weights, batch, itemsize)
+    longest = account.longest_context(layers, memory, weights, batch, itemsize, block_size)
     if longest is None:
         assert needed(10**12) <= memory
     elif longest == 0:

@@ -240,15 +240,18 @@ def longest_context(
     weight_bytes: float,
     batch: int,
     itemsize: int,
+    block_size: int | None = None,
 ) -> int | None:
     """Most tokens per sequence for which weights and cache fit in ``memory`` bytes.
+
+    The cache is counted as in ``cache_bytes``.
 
     Returns:
         0 if the weights alone do not fit; None if any length fits (every layer has a window).
     """
 
     def fits(length: int) -> bool:
-        return weight_bytes + cache_bytes(layers, batch, length, itemsize) <= memory
+        return weight_bytes + cache_bytes(layers, batch, length, itemsize, block_size) <= memory
 
     if fits(NO_LIMIT):
         return None

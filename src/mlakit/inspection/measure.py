@@ -15,7 +15,7 @@ from mlakit import account
 from mlakit.checkpoint import Checkpoint, open_checkpoint
 from mlakit.errors import UnsupportedModelError, UsageError
 from mlakit.families import convertible, read_model, tensor_shapes
-from mlakit.spec import AttentionSpec, ModelSpec
+from mlakit.spec import BLOCK_SIZE, AttentionSpec, ModelSpec
 
 ENGINE_SIZES = ((512, 64), (448, 64), (256, 64))
 """(kv_lora_rank, qk_rope_head_dim) that stock engines have GPU kernels for."""
@@ -64,7 +64,9 @@ class Variant:
         cache_bytes_per_token: all layers together, while no window is full.
         share_of_own: of the model's own bytes per token.
         share_of_mha: of the bytes of multi-head attention with as many heads.
-        cache_bytes: at the context and batch asked for; windows bound their layers.
+        cache_bytes: at the context and batch asked for. Keys and values as transformers holds
+            them: a layer with a window keeps only that much. Latents as ``LatentCache`` holds
+            them: whole pages, nothing dropped.
         longest_context: tokens per sequence that fit in memory beside the weights; None for any.
         flops_per_token: of one decoded token at that context.
         bytes_moved_per_token: weights (a batch shares them) and cache, at that context.
@@ -194,6 +196,7 @@ class _Step:
         changed = replace(self.spec, layers=tuple(layers))
         per_parameter = self.weight_bytes / account.parameters(self.spec).total
         weights = per_parameter * account.parameters(changed).total
+        pages = BLOCK_SIZE if layers[0].kind == "mla" else None
         cost = account.decode_cost(changed, self.context, self.batch, per_parameter, itemsize)
         return Variant(
             name=name,
@@ -204,9 +207,9 @@ class _Step:
             cache_bytes_per_token=here,
             share_of_own=here / own,
             share_of_mha=here / mha,
-            cache_bytes=account.cache_bytes(layers, self.batch, self.context, itemsize),
+            cache_bytes=account.cache_bytes(layers, self.batch, self.context, itemsize, pages),
             longest_context=account.longest_context(
-                layers, self.memory, weights, self.batch, itemsize
+                layers, self.memory, weights, self.batch, itemsize, pages
             ),
             flops_per_token=cost.flops,
             bytes_moved_per_token=cost.nbytes,
@@ -310,7 +313,7 @@ def _conversion(spec: ModelSpec, checkpoint: Checkpoint) -> str:
     try:
         convertible(checkpoint.config, checkpoint.shapes or tensor_shapes(spec))
     except UnsupportedModelError as error:
-        return error.message
+        return error.message.removeprefix("Cannot convert: ")
     return "yes"
 
 
@@ -324,8 +327,8 @@ def _notes(spec: ModelSpec, checkpoint: Checkpoint, context: int, batch: int) ->
         itemsize = account.ITEMSIZE[spec.dtype]
         whole = account.cache_bytes(spec.layers, batch, context, itemsize, block_size=1)
         notes.append(
-            "layers with a window keep only that many tokens, as in transformers; an engine that"
-            f" keeps all needs {format_bytes(whole)} now"
+            "keys and values of layers with a window are kept that far only, as in transformers;"
+            f" an engine that keeps all needs {format_bytes(whole)} now; latent pages keep all"
         )
     if context > spec.max_position_embeddings:
         notes.append(f"the model was made for {spec.max_position_embeddings:,} tokens at most")

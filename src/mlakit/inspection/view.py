@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-NARROWEST = 116
-"""Columns the tables need; a narrower terminal wraps lines rather than losing numbers."""
+ANY_WIDTH = 1000
+"""Tables take the columns they need; a narrower terminal wraps lines rather than losing numbers."""
 
 BAR = 10
 """Columns of the widest bar."""
@@ -22,19 +22,22 @@ def print_inspection(found: Inspection, console: Console) -> None:
     """Prints everything in one screen."""
     from rich.text import Text
 
-    console.width = max(console.width, NARROWEST)
+    tables = [_layer_table(found), _variant_table(found)]
+    free = console.options.update_width(ANY_WIDTH)
+    widest = max(console.measure(table, options=free).maximum for table in tables)
+    console.width = max(console.width, widest)
     counts = found.parameters
     active = f", {_short(counts['active'])} active" if counts["active"] < counts["total"] else ""
-    console.print(Text(found.source, style="bold"), Text(_headline(found), style="dim"))
-    console.print(
-        Text(f"{_short(counts['total'])} parameters{active}:", style="bold"),
-        Text(", ".join(_components(counts))),
-    )
-    console.print(_layer_table(found))
-    console.print(_variant_table(found))
+    name = Text.assemble((found.source, "bold"), " ", (_headline(found), "dim"))
+    total = Text(f"{_short(counts['total'])} parameters{active}: ", style="bold")
+    total.append(", ".join(_components(counts)), style="not bold")
+    for line in (name, total):
+        console.print(line, soft_wrap=True)
+    for table in tables:
+        console.print(table)
     for note in _notes(found):
-        warning = note.startswith("WARNING")
-        console.print(Text(note, style="bold yellow" if warning else "dim"))
+        style = "bold yellow" if note.startswith("WARNING") else "dim"
+        console.print(Text(note, style=style), soft_wrap=True)
 
 
 def _headline(found: Inspection) -> str:
@@ -93,7 +96,7 @@ def _cells(variant: Variant, bar: str) -> list[str]:
         _percent(variant.share_of_mha),
         bar,
         format_bytes(variant.cache_bytes),
-        "any length" if longest is None else f"{longest:,}" if longest else "too small",
+        "any" if longest is None else f"{longest:,}" if longest else "none",
         _three(variant.flops_per_token / 1e9),
         format_bytes(variant.bytes_moved_per_token),
     ]
@@ -104,7 +107,7 @@ def _notes(found: Inspection) -> list[str]:
         f"{found.context:,} x {found.batch}: bytes of the cache at this context and batch;"
         f" in {format_bytes(found.memory)}: longest context that fits beside the weights;",
         "GFLOP and moved: what one decoded token computes and reads at this context and batch",
-        "convert: yes" if found.conversion == "yes" else found.conversion,
+        f"convert: {'yes' if found.conversion == 'yes' else f'no, {found.conversion}'}",
     ]
     return lines + list(found.notes)
 
