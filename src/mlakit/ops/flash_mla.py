@@ -174,11 +174,8 @@ def _check_schedule(
             "dimensions"
         )
     if isinstance(schedule, Tensor):
-        if (
-            num_splits is None
-            or num_splits.shape != (q.shape[0] + 1,)
-            or schedule.shape[1:] != (8,)
-        ):
+        fits = schedule.shape[1:] == (8,) and schedule.dtype == torch.int32
+        if num_splits is None or num_splits.shape != (q.shape[0] + 1,) or not fits:
             raise UsageError(
                 f"the schedule is not one for a batch of {q.shape[0]}: tile_scheduler_metadata "
                 "should be int32 [parts, 8] and num_splits int32 [b + 1]",
