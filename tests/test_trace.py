@@ -19,7 +19,7 @@ from mlakit.cli.trace import trace
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.nn.attention import LatentAttention, MultiHeadAttention, SimpleCache
 from mlakit.nn.journey import LayerJourney, Step, heat_map, tell
-from mlakit.nn.letters import GLOSSARY, concatenated, cut, joined, reshaped
+from mlakit.nn.letters import GLOSSARY, axes_after, concatenated, cut, joined, reshaped
 from mlakit.nn.trace import trace_example, trace_model, track_shapes
 
 LESSON = """\
@@ -205,6 +205,13 @@ def test_multi_query_and_soft_cap() -> None:
     assert steps["scores = Q Kᵀ"].note == "/ √256, soft-capped"
 
 
+def test_attention_sinks() -> None:
+    model = ordinary("GptOss", attn_implementation="eager", head_dim=8, num_local_experts=4)
+    journey = trace_model(model, [1, 2, 3]).journeys[0]
+    assert named(journey)["scores ‖ sink"].shape == (1, 4, 3, 4)
+    assert journey.sizes["T"] == 3 and named(journey)["heads = weights V"].shape == (1, 4, 3, 8)
+
+
 @pytest.mark.parametrize("version", ["V2", "V3"])
 def test_deepseek_of_transformers(version: str) -> None:  # A11
     changes = {"q_lora_rank": None, "first_k_dense_replace": 2, "head_dim": 8}
@@ -369,6 +376,11 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
 )
 def test_letters_of_views(letters: Any, old: Any, new: Any, expected: Any) -> None:
     assert reshaped(letters, old, new) == expected
+
+
+def test_letters_of_permutations() -> None:
+    assert axes_after((1, 2), 4) == axes_after((-3, -2), 4) == axes_after((0, 2, 1, 3), 4)
+    assert axes_after(((0, 2, 1, 3),), 4) == [0, 2, 1, 3] and axes_after((), 3) == [0, 2, 1]
 
 
 def test_letters_of_parts() -> None:

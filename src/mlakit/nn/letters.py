@@ -95,6 +95,17 @@ def joined(parts: Sequence[str]) -> str:
     return text.replace("G·n", "H")
 
 
+def axes_after(axes: Sequence[int | Sequence[int]], ndim: int) -> list[int]:
+    """Order of the old axes after ``transpose`` (two axes) or ``permute`` (all of them)."""
+    named = [axis % ndim for item in axes for axis in ([item] if isinstance(item, int) else item)]
+    if len(named) == ndim > 2:
+        return named
+    order = list(range(ndim))
+    i, j = named or (ndim - 2, ndim - 1)
+    order[i], order[j] = order[j], order[i]
+    return order
+
+
 def cut(letter: str, start: int, width: int, sizes: Mapping[str, int]) -> str:
     """Letter of ``width`` entries from ``start`` of a dimension: C of ``C+R``, else ``d:0``."""
     offset = 0

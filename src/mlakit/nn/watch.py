@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mlakit.nn.journey import Cached, LayerJourney, Step
-from mlakit.nn.letters import Letters, concatenated, cut, is_whole, reshaped
+from mlakit.nn.letters import Letters, axes_after, concatenated, cut, is_whole, reshaped
 from mlakit.nn.roles import (
     JOINS,
     KEYS,
@@ -105,12 +105,7 @@ class Watch:
         tensor, value = inputs[0]
         if value is None:
             return
-        order = list(range(tensor.ndim))
-        if len(args) == 3:
-            i, j = args[1] % tensor.ndim, args[2] % tensor.ndim
-            order[i], order[j] = order[j], order[i]
-        else:
-            order[-2:] = [order[-1], order[-2]]
+        order = axes_after(args[1:] or tuple(kwargs.values()), tensor.ndim)
         letters = tuple(value.letters[k] for k in order)
         if order[-1] != tensor.ndim - 1:  # inside a product, Q Kᵀ: not a step of its own
             return self._put(out, replace(value, letters=letters))
@@ -189,6 +184,9 @@ class Watch:
         if value is None:
             return
         letters = list(value.letters)
+        if value.name == "scores" and dim == out.ndim - 1:  # an attention sink: a key of no token
+            letters[dim] = "T+1"
+            return self._put(out, replace(value, letters=tuple(letters)), 4, "scores ‖ sink")
         if letters[dim][0] in "ST":  # tokens after tokens: a cache grows
             letters[dim] = "T"
             self.sizes["T"] = out.shape[dim]
@@ -383,6 +381,7 @@ ALIASES = {
     "chunk": "cut",
     "narrow": "cut",
     "swapaxes": "transpose",
+    "permute": "transpose",
     "concat": "cat",
     "div": "mul",
     "truediv": "mul",
