@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,7 @@ def open_checkpoint(model: str | Path, *, weights: bool = True) -> Checkpoint:
             remedy="give the folder that holds config.json and *.safetensors, or a hub id",
         )
     config = _read_json(files.folder / "config.json")
+    files = replace(files, header=cache(files.header))  # a single file is asked for twice
     location = _locate(files, str(model), weights)
     shards = {name: files.header(name) for name in dict.fromkeys(location.values())}
     for name, shard in location.items():
