@@ -138,8 +138,8 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
         )
     table.add_row(
         "needs about",
-        f"{need.memory_bytes / 2**20:,.0f} MiB of memory, {need.disk_bytes / 2**20:,.0f} MiB of"
-        f" disk, {need.seconds:,.0f} s",
+        f"{need.memory_bytes / 2**20:,.0f} MiB of working memory,"
+        f" {need.disk_bytes / 2**20:,.0f} MiB of disk, {need.seconds:,.0f} s",
     )
     if plan.measured.get("freqfold"):
         tried = plan.measured["held_out_perplexity"].items()

@@ -20,7 +20,7 @@ from mlakit.conversion.plan import (
     calibration_text,
     make_plan,
 )
-from mlakit.errors import UsageError
+from mlakit.errors import MlakitError, UsageError
 
 
 def convert(
@@ -91,14 +91,18 @@ def convert(
     finished = _finished(folder, plan)
     if finished is not None:
         return finished
-    text = None if plan.calibration is None else calibration_text(calibration)
-    require_free_space(folder, plan.estimate.disk_bytes - _used(folder))
     from mlakit.conversion.run import Run
 
+    run = Run(
+        checkpoint,
+        plan,
+        text=None if plan.calibration is None else calibration_text(calibration),
+        device=device,
+        progress=progress or (lambda stage, done, total: None),
+    )
+    require_free_space(folder, plan.estimate.disk_bytes - _used(folder))
     with ShardWriter(folder, plan.shards) as shards:
-        run = Run(checkpoint, plan, shards, device, progress or (lambda stage, done, total: None))
-        plan.write(folder, "running")
-        return run.finish(run.convert(text))
+        return run.write(shards)
 
 
 def _finished(folder: Path, plan: ConversionPlan) -> ConversionPlan | None:
@@ -130,7 +134,18 @@ def _finished(folder: Path, plan: ConversionPlan) -> ConversionPlan | None:
             " source, goal, calibration, dtype or version)",
             remedy="choose a new folder, or delete this one",
         )
-    return replace(plan, measured=written["measured"]) if status == "complete" else None
+    if status != "complete" or not _whole(folder):
+        return None
+    return replace(plan, measured=written["measured"])
+
+
+def _whole(folder: Path) -> bool:
+    """Whether index and shards are all there; a folder that lost some is converted again."""
+    try:
+        open_checkpoint(folder)
+    except MlakitError:
+        return False
+    return True
 
 
 def _used(folder: Path) -> int:

@@ -44,7 +44,7 @@ def choose_windows(text: str, model_path: Path, plan: Calibration) -> torch.Tens
             remedy="put the tokenizer files beside config.json; calibration needs them",
         ) from error
     windows = token_windows(text, tokenizer, plan.window)
-    wanted = max(plan.tokens // plan.window, 2)
+    wanted = plan.tokens // plan.window
     if len(windows) < 2:
         raise MlakitError(
             f"The calibration text gives {len(windows)} window of {plan.window} tokens;"
@@ -176,13 +176,14 @@ def layer_weights(reader: LayerReader, index: int) -> AttentionWeights:
     return read_weights(tensors, tensors["input_layernorm.weight"], reader.spec.layers[index])
 
 
-def partial_rope_layer(reader: LayerReader, index: int, rotation: Rotation) -> Any:
+def partial_rope_layer(
+    reader: LayerReader, index: int, weights: AttentionWeights, rotation: Rotation
+) -> Any:
     """The one-layer model of ``LayerReader.layer`` with its attention partially unrotated."""
     model = reader.layer(index)
     layer = model.layers[0]
-    layer.self_attn = PartialRope(
-        layer_weights(reader, index), rotation, reader.spec.layers[index], layer.self_attn.o_proj
-    )
+    spec = reader.spec.layers[index]
+    layer.self_attn = PartialRope(weights, rotation, spec, layer.self_attn.o_proj)
     return model
 
 
@@ -207,7 +208,8 @@ def partial_rope_perplexity(
     size = batch_size(windows.shape[1])
     hidden: Sequence[torch.Tensor] = list(reader.embed(windows, size))
     for index in range(reader.spec.num_hidden_layers):
-        model = partial_rope_layer(reader, index, rotation_of(index))
+        weights = layer_weights(reader, index)
+        model = partial_rope_layer(reader, index, weights, rotation_of(index))
         hidden = list(run_layer(model, hidden, reader.device))
         on_layer()
     norm, output = reader.head()

@@ -236,7 +236,7 @@ def _name(source: str | Path) -> str:
 def _calibration(
     model: ModelSpec, source: str | Path | None, tokens: int, seed: int
 ) -> Calibration:
-    window = min(WINDOW, model.max_position_embeddings, tokens)
+    window = min(WINDOW, model.max_position_embeddings, tokens // 2)
     if window < 2:
         raise UsageError(
             f"--calibration-tokens {tokens} is too few", remedy="give thousands; default 32768"
@@ -336,6 +336,7 @@ def _estimate(plan: ConversionPlan, model: ModelSpec, device: str) -> Estimate:
     )
     keys = source.num_key_value_heads * source.head_dim
     memory = 4 * layer_size + 16 * attention + 8 * (2 * keys) ** 2 * 4
+    last = sum(tensor.nbytes for tensor in plan.tensors if tensor.shard == plan.shards)
     disk = plan.nbytes
     operations = 10.0 * (2 * keys) ** 3 * len(plan.layers)
     if plan.calibration is not None:
@@ -352,7 +353,7 @@ def _estimate(plan: ConversionPlan, model: ModelSpec, device: str) -> Estimate:
         passes = 1
     speed = CUDA_FLOPS if device.startswith("cuda") else CPU_FLOPS * (os.cpu_count() or 1)
     reading = (passes + 1) * plan.nbytes / DISK_BYTES_PER_SECOND
-    return Estimate(int(memory), int(disk), round(operations / speed + reading + 1, 1))
+    return Estimate(int(max(memory, last)), int(disk), round(operations / speed + reading + 1, 1))
 
 
 def _warnings(plan: ConversionPlan, model: ModelSpec) -> list[str]:

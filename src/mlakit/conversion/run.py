@@ -30,7 +30,7 @@ from mlakit.conversion.factor import (
 from mlakit.conversion.plan import WORK_NAME, ConversionPlan, Progress
 from mlakit.conversion.stream import LayerReader
 from mlakit.conversion.transmla import LayerResult, TransMLA
-from mlakit.errors import MlakitError
+from mlakit.errors import MlakitError, UsageError
 from mlakit.families import FAMILIES, read_model
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -39,51 +39,76 @@ HIGHEST_EXPONENT = {"float16": 15}
 
 
 class Run:
-    """One conversion being written into its folder.
+    """One conversion, ready to be written. Making it touches no disk and checks the inputs.
 
     Args:
         checkpoint: the source.
         plan: what to do.
-        shards: the output folder, held by this process.
+        text: calibration text; None where the plan needs none.
         device: where layers run.
         progress: told about every step.
+
+    Raises:
+        MlakitError: the text, the tokenizer or the device is of no use.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         plan: ConversionPlan,
-        shards: ShardWriter,
+        *,
+        text: str | None,
         device: str,
         progress: Progress,
     ) -> None:
         self.checkpoint = checkpoint
         self.plan = plan
-        self.shards = shards
         self.progress = progress
         self.model = read_model(checkpoint.config)
         self.family = FAMILIES[self.model.family]
-        self.reader = LayerReader(checkpoint, self.model, device)
-        self.work = shards.folder / WORK_NAME
-        self.work.mkdir(exist_ok=True)
+        self.reader = LayerReader(checkpoint, self.model, _device(device))
+        self.windows = None
+        if text is not None and plan.calibration is not None:
+            self.windows = choose_windows(text, checkpoint.path, plan.calibration)
+            self._warn_of_little_text(self.windows.numel())
 
-    def convert(self, text: str | None) -> dict[str, Any]:
+    def write(self, shards: ShardWriter) -> ConversionPlan:
+        """Writes what is not there yet into the folder that ``shards`` holds.
+
+        Returns:
+            The plan with what was measured.
+        """
+        self.shards = shards
+        self.work = shards.folder / WORK_NAME
+        self.plan.write(shards.folder, "running")
+        self.work.mkdir(exist_ok=True)
+        return self._finish(self._convert())
+
+    def _warn_of_little_text(self, tokens: int) -> None:
+        width = self.plan.source_layer.cache_width
+        if tokens < 4 * width:
+            warning = (
+                f"{tokens:,} tokens of calibration text are few for {width} numbers per token"
+                " and layer; give more text"
+            )
+            self.plan = replace(self.plan, warnings=(*self.plan.warnings, warning))
+
+    def _convert(self) -> dict[str, Any]:
         """Writes every layer that is not there yet; gives what was measured on the whole."""
-        if text is None or self.plan.calibration is None:
+        if self.windows is None:
             for index, tensors, facts in self._equal_cache():
                 self._write_layer(index, tensors, facts)
             return {}
-        windows = choose_windows(text, self.checkpoint.path, self.plan.calibration)
-        method = TransMLA(self.reader, self.plan, windows, self.work, self.progress)
+        method = TransMLA(self.reader, self.plan, self.windows, self.work, self.progress)
         for index, tensors, facts in method.layers(self._is_done):
             self._write_layer(index, tensors, facts)
         return {
-            "calibration_windows": len(windows),
+            "calibration_windows": len(self.windows),
             "freqfold": method.freqfold,
             "held_out_perplexity": {str(k): v for k, v in method.perplexity.items()},
         }
 
-    def finish(self, measured: dict[str, Any]) -> ConversionPlan:
+    def _finish(self, measured: dict[str, Any]) -> ConversionPlan:
         """The tensors outside the layers, then config, card and index; then the work is gone."""
         count = len(self.plan.layers)
         facts = [json.loads(self._facts(index).read_text()) for index in range(count)]
@@ -160,3 +185,15 @@ class Run:
 
     def _facts(self, index: int) -> Path:
         return self.work / f"layer-{index:05d}.json"
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"The device {name!r} cannot be used: {str(error).splitlines()[0]}",
+            remedy="use --device cpu; mlakit doctor lists the devices",
+        ) from error
+    return device

@@ -66,13 +66,13 @@ class LayerReader:
         device: where layers run.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: ModelSpec, device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: ModelSpec, device: torch.device) -> None:
         from transformers import AutoConfig
 
         self.checkpoint = checkpoint
         self.spec = model
         self.family = FAMILIES[model.family]
-        self.device = torch.device(device)
+        self.device = device
         self._config = AutoConfig.from_pretrained(checkpoint.path)
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:

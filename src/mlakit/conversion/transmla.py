@@ -79,10 +79,9 @@ class TransMLA:
         start = self._first_inputs("partial", start)
         for index in range(start, self.count):
             self.progress("compress", index, self.count)
-            model = partial_rope_layer(self.reader, index, self._rotation(index))
+            weights, rotation = layer_weights(self.reader, index), self._rotation(index)
+            model = partial_rope_layer(self.reader, index, weights, rotation)
             moment = self._pass_through("partial", index, model)
-            weights = layer_weights(self.reader, index)
-            rotation = self._rotation(index)
             rank = self.plan.target.kv_lora_rank or 0
             low_rank = joint_low_rank(weights, rotation, moment, rank)
             spec = self.reader.spec.layers[index]

@@ -1,0 +1,263 @@
+"""Goals become sizes or refusals that help; a plan is complete before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlakit.checkpoint import open_checkpoint
+from mlakit.conversion.budget import (
+    SCALE_FREE_ROPE,
+    Goal,
+    freqfold_candidates,
+    freqfold_choices,
+    target_layer,
+)
+from mlakit.conversion.plan import make_plan
+from mlakit.errors import MlakitError, UsageError
+from mlakit.spec import AttentionSpec, RopeSpec
+from tiny_models import TEXT, save_tiny
+
+SOURCE = AttentionSpec(
+    hidden_size=512,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    softmax_scale=0.125,
+    rope=RopeSpec(theta=10000.0, dim=64),
+)
+FULL = 2 * 2 * 64  # numbers the source caches per token
+
+
+@pytest.mark.parametrize(
+    "goal,rank,rope",
+    [
+        (Goal(cache_ratio=0.5), 64, 64),
+        (Goal(cache_ratio=0.5, qk_rope_head_dim=32), 96, 32),
+        (Goal(cache_ratio=1.0), 192, 64),
+        (Goal(cache_ratio=0.3), 12, 64),
+        (Goal(kv_lora_rank=1), 1, 64),
+        (Goal(kv_lora_rank=192), 192, 64),
+        (Goal(kv_lora_rank=16, qk_rope_head_dim=2, freqfold=32), 16, 2),
+        (Goal(equal_cache=True), 128, 128),
+        (Goal(equal_cache=True, form="article"), 256, 64),
+    ],
+)
+def test_goals_that_can_be_met(goal: Goal, rank: int, rope: int) -> None:
+    target = target_layer(SOURCE, goal)
+    assert (target.kv_lora_rank, target.qk_rope_head_dim) == (rank, rope)
+    assert target.kind == "mla" and target.softmax_scale == SOURCE.softmax_scale
+    assert target.rope is not None and target.rope.width == (rope if goal.form != "article" else 64)
+    if goal.equal_cache:
+        assert target.cache_width == SOURCE.cache_width
+    if goal.cache_ratio is not None:
+        assert goal.cache_ratio * FULL - 1 < target.cache_width <= goal.cache_ratio * FULL
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"cache_ratio": 0.2}, "keeps 51 of 256"),
+        ({"cache_ratio": 0.001}, "keeps 0 of 256"),
+        ({"cache_ratio": 1.5}, "not between 0 and 1"),
+        ({"cache_ratio": 0.0}, "not between 0 and 1"),
+        ({"cache_ratio": 0.5, "qk_rope_head_dim": 48}, "divide the head size 64"),
+        ({"cache_ratio": 0.5, "qk_rope_head_dim": 1}, "must be even"),
+        ({"cache_ratio": 0.5, "qk_rope_head_dim": 128}, "divide the head size 64"),
+        ({"kv_lora_rank": 193}, "not between 1 and 192"),
+        ({"kv_lora_rank": 0}, "not between 1 and 192"),
+        ({"cache_ratio": 0.5, "freqfold": 3}, "--freqfold 3"),
+        ({"cache_ratio": 0.5, "qk_rope_head_dim": 16, "freqfold": 2}, "--freqfold 2"),
+    ],
+)
+def test_goals_that_cannot_be_met_name_some_that_can(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        target_layer(SOURCE, Goal(**options))
+    for wish in re.findall(r"--[a-z-]+ [\d.]+(?: --[a-z-]+ [\d.]+)*", caught.value.remedy):
+        pairs = re.findall(r"--([a-z-]+) ([\d.]+)", wish)
+        offered = {
+            name.replace("-", "_"): float(value) if "ratio" in name else int(value)
+            for name, value in pairs
+        }
+        target_layer(SOURCE, Goal(**offered))
+    for size in re.findall(r"nearest are (\d+) and (\d+)", caught.value.remedy):
+        key = "freqfold" if "freqfold" in message else "qk_rope_head_dim"
+        for value in size:
+            target_layer(SOURCE, Goal(**{**options, key: int(value)}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qk_rope_head_dim": 32},
+        {"cache_ratio": 0.5, "kv_lora_rank": 64},
+        {"equal_cache": True, "cache_ratio": 0.5},
+        {"equal_cache": True, "freqfold": 2},
+        {"cache_ratio": 0.5, "form": "article"},
+        {"equal_cache": True, "form": "other"},
+        {"cache_ratio": 0.5, "method": "other"},
+    ],
+)
+def test_goals_that_say_too_little_or_too_much(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Goal(**options)
+
+
+@given(st.floats(0.001, 1.0), st.sampled_from([2, 4, 8, 16, 32, 64]))
+def test_any_ratio_is_met_from_below_or_refused(ratio: float, rope_dim: int) -> None:
+    goal = Goal(cache_ratio=ratio, qk_rope_head_dim=rope_dim)
+    try:
+        target = target_layer(SOURCE, goal)
+    except UsageError:
+        assert ratio * FULL < rope_dim + 1
+    else:
+        assert ratio * FULL - 1 < target.cache_width <= ratio * FULL + 1e-6
+
+
+def test_freqfold_choices() -> None:
+    assert freqfold_choices(64, 64) == [1, 2, 4, 8, 16, 32]
+    assert freqfold_choices(96, 32) == [3, 6, 12, 24, 48]
+    assert freqfold_candidates(96, 32) == [3, 6, 12, 24, 48]
+    assert freqfold_candidates(12, 12) == [1, 2]
+    assert freqfold_candidates(64, 2) == [32]
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear", "llama3", "yarn"])
+def test_kept_frequencies_are_the_schedule_of_the_smaller_dimension(rope_type: str) -> None:
+    """What every c-th source frequency is, the result's own rotary embedding computes."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    parameters = {
+        "default": {},
+        "linear": {"factor": 4.0},
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.0},
+    }[rope_type]
+
+    def frequencies(dim: int) -> torch.Tensor:
+        rope = {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}
+        config = LlamaConfig(head_dim=dim, rope_parameters=rope, max_position_embeddings=256)
+        return LlamaRotaryEmbedding(config).inv_freq
+
+    whole = frequencies(64)
+    nests = all(
+        torch.allclose(frequencies(dim), whole[:: 64 // dim], rtol=1e-6) for dim in (2, 16, 32)
+    )
+    assert nests == (rope_type in SCALE_FREE_ROPE)
+    source = replace(SOURCE, rope=replace(SOURCE.rope, rope_type=rope_type))
+    if nests:
+        target_layer(source, Goal(cache_ratio=0.5, qk_rope_head_dim=32))
+    else:
+        target_layer(source, Goal(cache_ratio=0.5))
+        with pytest.raises(UsageError, match="only all 64"):
+            target_layer(source, Goal(cache_ratio=0.5, qk_rope_head_dim=32))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_the_hash_covers_what_the_result_depends_on(tiny: Path, text: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    goal = Goal(cache_ratio=0.5)
+    plan = make_plan(checkpoint, goal, calibration=text)
+    assert plan.hash == make_plan(open_checkpoint(str(tiny)), goal, calibration=text).hash
+    moved = tmp_path / "moved.txt"
+    moved.write_text(TEXT)
+    assert plan.hash == make_plan(checkpoint, goal, calibration=moved).hash
+    assert plan.hash == make_plan(checkpoint, goal, calibration=text, dtype="float32").hash
+    moved.write_text(TEXT + "x")
+    others = [
+        make_plan(checkpoint, goal, calibration=moved),
+        make_plan(checkpoint, goal, calibration=text, seed=1),
+        make_plan(checkpoint, goal, calibration=text, calibration_tokens=1000),
+        make_plan(checkpoint, goal, calibration=text, dtype="bfloat16"),
+        make_plan(checkpoint, replace(goal, freqfold=1), calibration=text),
+        make_plan(checkpoint, Goal(equal_cache=True)),
+    ]
+    assert len({plan.hash, *(other.hash for other in others)}) == 7
+    other = open_checkpoint(save_tiny(tmp_path / "other", num_attention_heads=8))
+    assert make_plan(other, goal, calibration=text).hash != plan.hash
+
+
+def test_a_plan_is_plain_json_with_every_byte(tiny: Path, text: Path) -> None:
+    plan = make_plan(open_checkpoint(tiny), Goal(cache_ratio=0.5), calibration=text)
+    written = json.loads(json.dumps(plan.as_dict("planned")))
+    assert written["status"] == "planned" and written["hash"] == plan.hash
+    assert sum(tensor["nbytes"] for tensor in written["tensors"]) == plan.nbytes
+    assert plan.estimate.disk_bytes > plan.nbytes and plan.estimate.memory_bytes > 0
+    assert plan.cache_ratio == 0.5
+    assert str(tiny.parent) not in json.dumps(written)  # no paths of this machine
+
+
+def test_dtypes_change_bytes_but_not_the_ratio_of_numbers(tiny: Path, text: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    plan = make_plan(checkpoint, Goal(cache_ratio=0.5), calibration=text, dtype="bfloat16")
+    assert plan.target.cache_width * 2 == plan.source_layer.cache_width
+    assert plan.cache_ratio == 0.25
+    with pytest.raises(UsageError, match="float8"):
+        make_plan(checkpoint, Goal(equal_cache=True), dtype="float8")
+
+
+def test_warnings_say_what_disappoints(tiny: Path, text: Path, tmp_path: Path) -> None:
+    def warnings(folder: Path, goal: Goal) -> str:
+        return " ".join(make_plan(open_checkpoint(folder), goal, calibration=text).warnings)
+
+    assert "full rank saves no cache" in warnings(tiny, Goal(cache_ratio=1.0))
+    assert "no multiple of 16" in warnings(tiny, Goal(kv_lora_rank=5))
+    assert "little to gain" in warnings(tiny, Goal(kv_lora_rank=16))
+    mha = save_tiny(tmp_path / "mha", num_key_value_heads=4, dtype=torch.bfloat16)
+    assert "plain multi-head" in warnings(mha, Goal(kv_lora_rank=16))
+    assert "above the hidden size" in warnings(mha, Goal(kv_lora_rank=40))
+    assert "rounding of bfloat16" in warnings(mha, Goal(equal_cache=True))
+
+
+def test_calibration_that_is_no_use(tiny: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    with pytest.raises(MlakitError, match="empty"):
+        make_plan(checkpoint, Goal(cache_ratio=0.5), calibration=empty)
+    with pytest.raises(UsageError, match="too few"):
+        make_plan(checkpoint, Goal(cache_ratio=0.5), calibration=empty, calibration_tokens=3)
+
+
+@pytest.mark.parametrize("options", [{"equal_cache": True}, {"cache_ratio": 0.5}])
+def test_a_dry_run_imports_no_torch(
+    tiny: Path, text: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    program = (
+        "import sys\n"
+        "from mlakit.conversion.apply import convert\n"
+        f"plan = convert({str(tiny)!r}, {str(tmp_path / 'out')!r}, dry_run=True,"
+        f" calibration={str(text)!r}, **{options!r})\n"
+        "print(plan.hash, sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.endswith(" []\n"), done.stderr
+    assert not (tmp_path / "out").exists()
