@@ -412,10 +412,14 @@ def test_hub_model_is_opened_by_headers_and_read_on_demand(tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     checkpoint = open_checkpoint("org/toy")
     assert checkpoint.path == cache and checkpoint.shapes == dict.fromkeys(made, (4, 3))
-    assert fetched == []
+    print_of_hub = checkpoint.fingerprint
+    assert fetched == [] and checkpoint.revision == "abc123"
+    assert print_of_hub != open_checkpoint(remote).fingerprint
     name = next(iter(made))
     assert torch.equal(checkpoint.read(name), made[name])
     assert fetched == ["model-00001-of-00002.safetensors"]
+    assert open_checkpoint(checkpoint.download()).shapes == checkpoint.shapes
+    (cache / "model-00002-of-00002.safetensors").unlink()
     monkeypatch.setattr(Remote, "list_repo_files", lambda *a, **k: 1 / 0)  # the network is gone
     with pytest.raises(MlakitError, match=r"lacks model-00002"):
         open_checkpoint("org/toy")

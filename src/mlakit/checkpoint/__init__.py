@@ -4,6 +4,7 @@ from mlakit.checkpoint.header import ShardHeader, TensorInfo, read_header
 from mlakit.checkpoint.reading import Checkpoint, open_checkpoint
 from mlakit.checkpoint.writing import (
     ShardWriter,
+    atomic_file,
     copy_side_files,
     require_free_space,
     write_json_atomic,
@@ -15,6 +16,7 @@ __all__ = [
     "ShardHeader",
     "ShardWriter",
     "TensorInfo",
+    "atomic_file",
     "copy_side_files",
     "open_checkpoint",
     "read_header",

@@ -18,12 +18,14 @@ class Files:
 
     Attributes:
         folder: local folder with at least config.json and the index.
+        revision: commit of a hub model; None for a folder.
         names: every file of the checkpoint.
         fetch: brings one file to ``folder`` and returns its path.
         header: reads the safetensors header of one file, without fetching the file.
     """
 
     folder: Path
+    revision: str | None
     names: frozenset[str]
     fetch: Callable[[str], Path]
     header: Callable[[str], ShardHeader]
@@ -60,7 +62,7 @@ def hub_files(model: str) -> Files:
         with _hub_errors(model), HfFileSystem().open(address, "rb", block_size=2**20) as file:
             return parse_header(file, file.size, f"{model}/{name}")
 
-    return Files(folder, frozenset(names), fetch, header)
+    return Files(folder, revision, frozenset(names), fetch, header)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ class Checkpoint:
         config: the parsed ``config.json``.
         shards: header of every weight file, by file name.
         location: tensor name to file name.
+        revision: commit of a hub model; None for a folder.
         fetch: brings a weight file to ``path`` if it is not there yet, and returns it.
     """
 
@@ -42,6 +43,7 @@ class Checkpoint:
     config: dict[str, Any]
     shards: dict[str, ShardHeader]
     location: dict[str, str]
+    revision: str | None
     fetch: Callable[[str], Path] = field(repr=False)
 
     @property
@@ -79,20 +81,28 @@ class Checkpoint:
         with safe_open(self.fetch(self.location[name]), framework="pt") as file:
             return file.get_tensor(name)
 
+    def download(self) -> Path:
+        """The folder with every weight file in it; only a hub model has any to bring."""
+        for shard in self.shards:
+            self.fetch(shard)
+        return self.path
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 that tells one source from another without reading all of it.
 
-        It covers config.json, every tensor's name, dtype, shape and place, and the first 64 bytes
-        of every tensor: another training state of the same model is told apart, a change deep
-        inside a single tensor is not. Weight files of a hub model are downloaded for it.
+        It covers config.json and every tensor's name, dtype, shape and place; then, of a folder,
+        the first 64 bytes of every tensor, of a hub model its commit. Another training state of
+        the same model is told apart; a change deep inside one tensor of a folder is not.
         """
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for shard in sorted(self.shards):
-            header = self.shards[shard]
+        digest.update(f"{self.revision}\n".encode())
+        for shard, header in sorted(self.shards.items()):
+            digest.update(f"{shard} {sorted(header.tensors.items())}\n".encode())
+            if self.revision is not None:
+                continue
             with self.fetch(shard).open("rb") as file:
-                for name, info in sorted(header.tensors.items()):
-                    digest.update(f"{shard} {name} {info}\n".encode())
+                for _, info in sorted(header.tensors.items()):
                     file.seek(header.data_start + info.offset)
                     digest.update(file.read(min(SAMPLE_BYTES, info.nbytes)))
         return digest.hexdigest()
@@ -135,12 +145,14 @@ def open_checkpoint(model: str | Path, *, weights: bool = True) -> Checkpoint:
                 f"{model}: {INDEX_NAME} places {name} in {shard}, which does not hold it",
                 remedy="download or copy the index and the shards again, from the same place",
             )
-    return Checkpoint(files.folder, str(model), config, shards, location, files.fetch)
+    source, revision = str(model), files.revision
+    return Checkpoint(files.folder, source, config, shards, location, revision, files.fetch)
 
 
 def _local(folder: Path) -> Files:
     return Files(
         folder,
+        revision=None,
         names=frozenset(path.name for path in folder.iterdir()),
         fetch=lambda name: folder / name,
         header=lambda name: read_header(folder / name),

@@ -52,10 +52,11 @@ def open_subject(
     """
     if not isinstance(model, str | Path):
         return Subject(*model)
-    path = open_checkpoint(model).path
+    checkpoint = open_checkpoint(model)
+    path = checkpoint.download()
     loaded = load(path, dtype=dtype, device=device)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    return Subject(Path(model).name, loaded, tokenizer, open_checkpoint(path).fingerprint)
+    return Subject(Path(model).name, loaded, tokenizer, checkpoint.fingerprint)
 
 
 def open_pair(
