@@ -12,7 +12,6 @@ import tomllib
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from mlakit import __version__
@@ -77,18 +76,16 @@ def main() -> None:
     arguments = [item for item in sys.argv[1:] if item not in ("-v", "--verbose")]
     verbose = len(arguments) < len(sys.argv) - 1
     try:
-        code = app(arguments, standalone_mode=False)
+        app(arguments)
     except MlakitError as error:
         if verbose:
             raise
         typer.echo(f"error: {error}", err=True)
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except click.Abort:
-        typer.echo("interrupted", err=True)
-        code = 130
+        sys.exit(error.exit_code)
+    except SystemExit as ending:
+        # typer turns Ctrl-C into Abort and leaves with 1, which here means a failure
+        if isinstance(ending.__context__, typer.Abort):
+            sys.exit(130)
+        raise
     except BrokenPipeError:  # the reader of our output (head, less) went away
-        code = 0
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(0)
