@@ -68,7 +68,7 @@ def _layer_table(found: Inspection) -> Table:
 
 def _variant_table(found: Inspection) -> Table:
     table = _table(
-        "cache if it were",
+        "attention",
         "bytes/token",
         "of own",
         "of MHA",
@@ -118,7 +118,7 @@ def _table(*heads: str) -> Table:
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for head in heads:
-        left = head in ("layers", "attention", "cache if it were", "feed-forward")
+        left = head in ("layers", "attention", "feed-forward")
         table.add_column(head, justify="left" if left else "right", no_wrap=True)
     return table
 
