@@ -113,7 +113,6 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
 
     source, target = plan.source_layer, plan.target
     table = Table.grid(padding=(0, 2))
-    own, mha = plan.cache_ratio, plan.cache_bytes / plan.mha_cache_bytes
     need = plan.estimate
     table.add_row(
         "attention",
@@ -127,7 +126,7 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
     table.add_row(
         "cache per token",
         f"{plan.source_cache_bytes:,} -> {plan.cache_bytes:,} bytes:"
-        f" {own:.1%} of its own, {mha:.1%} of MHA",
+        f" {plan.cache_ratio:.1%} of its own, {plan.mha_ratio:.1%} of MHA",
     )
     table.add_row("written", f"{plan.nbytes:,} bytes in {plan.shards} shards, {plan.dtype}")
     if plan.calibration is not None:

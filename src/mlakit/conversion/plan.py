@@ -138,6 +138,11 @@ class ConversionPlan:
         return self.cache_bytes / self.source_cache_bytes
 
     @property
+    def mha_ratio(self) -> float:
+        """The result's cache bytes against those of one key/value head per query head."""
+        return self.cache_bytes / self.mha_cache_bytes
+
+    @property
     def shards(self) -> int:
         """Weight files of the result: one per layer and one for the rest."""
         return len(self.layers) + 1
@@ -166,7 +171,14 @@ class ConversionPlan:
 
     def as_dict(self, status: Literal["planned", "running", "complete"]) -> dict[str, Any]:
         """The content of ``plan.json``."""
-        return {"status": status, "hash": self.hash, "mlakit_version": __version__} | asdict(self)
+        return {
+            "status": status,
+            "hash": self.hash,
+            "mlakit_version": __version__,
+            "cache_ratio": self.cache_ratio,
+            "mha_ratio": self.mha_ratio,
+            **asdict(self),
+        }
 
     def write(self, folder: Path, status: Literal["running", "complete"]) -> None:
         """Writes ``plan.json``, atomically."""

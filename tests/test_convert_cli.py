@@ -1,0 +1,68 @@
+"""``mlakit convert`` as a command: plan, next commands, and the way on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mlakit.cli import app
+from mlakit.errors import UsageError
+from tiny_models import TEXT, save_tiny
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return save_tiny(tmp_path / "tiny")
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny: Path) -> None:
+    result = CliRunner().invoke(app, ["convert", str(tiny), "--equal-cache", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "100.0% of its own, 50.0% of MHA" in result.output
+    assert [path.name for path in tiny.parent.iterdir() if path.is_dir()] == ["tiny"]
+
+
+def test_convert_prints_what_was_measured_and_what_comes_next(tiny: Path) -> None:
+    out = tiny.parent / "out"
+    arguments = ["convert", str(tiny), "-o", str(out), "--cache-ratio", "0.5"]
+    arguments += ["--calibration", str(tiny.parent / "text.txt")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for part in ("50.0% of its own", "held-out perplexity", "energy kept", "mlakit eval"):
+        assert part in result.output
+    card = (out / "README.md").read_text()
+    assert "| this model | 128 | 50.0% | 25.0% |" in card and str(tiny.parent) not in card
+    again = CliRunner().invoke(app, [*arguments, "--json"])
+    plan = json.loads(again.stdout)
+    assert plan["status"] == "complete" and plan["measured"]["freqfold"] >= 1
+
+
+def test_an_interrupted_run_says_how_to_go_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlakit.conversion.run.Run.write", interrupt)
+    arguments = ["convert", str(tiny), "-o", str(tiny.parent / "my out"), "--equal-cache"]
+    monkeypatch.setattr(sys, "argv", ["mlakit", *arguments])
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 130
+    assert f"mlakit convert {tiny} -o '{tiny.parent}/my out' --equal-cache" in result.output
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--equal-cache"], "No output folder"),
+        (["--cache-ratio", "0.5", "--freqfold", "many", "--dry-run"], "neither a number"),
+        (["--dry-run"], "how much cache"),
+    ],
+)
+def test_usage_errors(tiny: Path, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["convert", str(tiny), *options])
+    assert isinstance(result.exception, UsageError) and message in str(result.exception)
