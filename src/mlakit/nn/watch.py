@@ -64,10 +64,13 @@ class Watch:
         """What was seen."""
         kept = list(self._kept())
         order = ("B", "S", "T", "D", "H", "G", "d", "N", "R", "C", "Q", "V")
+        shown = set(self.sizes)
+        if "C" in shown and self.sizes["G"] == self.sizes["H"]:
+            shown -= {"G"}  # a latent serves all heads
         return LayerJourney(
             layer=self.name or type(self.module).__name__,
             kind=kind_of(self.sizes),
-            sizes={letter: self.sizes[letter] for letter in order if letter in self.sizes},
+            sizes={letter: self.sizes[letter] for letter in order if letter in shown},
             steps=tuple(self.steps),
             cache=tuple(kept),
             weights=self.weights,
