@@ -20,7 +20,7 @@ FILES = {
 HELD_OUT = 0.03
 BOS, EOS = "<s>", "</s>"
 CONTEXT = 2048
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 ANSWER_WEIGHT = 4.0
 
 
@@ -114,10 +114,7 @@ class Corpus:
         """
         rows = []
         for _ in range(BATCH_TOKENS // length):
-            draw = self._text
-            if rng.random() < generated:
-                repeated = length <= 256 and rng.random() < 0.4
-                draw = self._repetition if repeated else self.document
+            draw = self.document if rng.random() < generated else self._text
             rows.append(draw(rng, length + 1))
         ids, weights = zip(*rows, strict=True)
         return torch.tensor(ids), torch.tensor(weights)
@@ -128,12 +125,6 @@ class Corpus:
         start = rng.randrange(len(stream) - length)
         ids = [self.tokenizer.bos_token_id, *stream[start : start + length - 1]]
         return ids, [1.0] * length
-
-    def _repetition(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
-        """Random tokens over and over: what teaches a young model to look back and copy."""
-        period = rng.choices(range(len(self.tokenizer)), k=rng.randint(8, 96))
-        ids = (period * (length // len(period) + 1))[:length]
-        return ids, [0.0] * len(period) + [1.0] * (length - len(period))
 
     def document(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
         """A document that mixes filler, facts and questions about the facts so far."""

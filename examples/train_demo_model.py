@@ -40,7 +40,7 @@ from demo_corpus import (
 from mlakit import data
 
 LOSS_CONTEXT = 512
-PEAK_RATE = 2e-3
+PEAK_RATE = 3e-3
 # (share of the run at which the phase ends, window length)
 PHASES = ((0.45, 256), (0.68, 512), (0.83, 1024), (1.0, CONTEXT))
 SAMPLE_TOKENS = 400
@@ -67,9 +67,49 @@ class Progress:
     log: list[dict[str, float]] = field(default_factory=list)
 
 
+@torch.no_grad()
+def plant_look_back(model: LlamaForCausalLM) -> None:
+    """Starts the first two layers near an induction circuit, which a short run would not find.
+
+    The heads of the first layer look 1 to 6 tokens back: all embeddings share one large entry,
+    and the query and key weights of that entry make the scores peak at the head's offset. The
+    first head carries the token before. The second layer's first group compares that with the
+    current token, in the slowly rotating dimensions, and copies the token it finds.
+    """
+    embedding = model.model.embed_tokens.weight
+    for layer in model.model.layers:  # the planted weights must outweigh the random ones
+        layer.self_attn.o_proj.weight *= 0.05
+        layer.mlp.down_proj.weight *= 0.05
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    size = model.config.head_dim
+    pairs = size // 2
+    embedding[:, 0] = 0.5
+    angles = 10000.0 ** (-torch.arange(pairs // 2) / pairs)
+    first.k_proj.weight[:, 0] = 0.0
+    for group in range(2):
+        first.k_proj.weight[group * size : group * size + pairs // 2, 0] = 0.7
+    for head in range(6):
+        start = head * size
+        first.q_proj.weight[start : start + size, 0] = 0.0
+        turned = (head + 1) * angles
+        first.q_proj.weight[start : start + pairs // 2, 0] = 0.7 * turned.cos()
+        middle = start + pairs
+        first.q_proj.weight[middle : middle + pairs // 2, 0] = -0.7 * turned.sin()
+    content = first.v_proj.weight[:size]
+    content[:, 0] = 0.0
+    first.o_proj.weight[:, :size] = 0.3 * content.T
+    slow = torch.cat([torch.arange(pairs // 2, pairs), torch.arange(pairs + pairs // 2, size)])
+    match = torch.zeros_like(content)
+    match[slow] = 2.0 * content[: len(slow)]
+    second.k_proj.weight[:size] = match
+    second.q_proj.weight[: 4 * size] = 0.3 * second.q_proj.weight[: 4 * size] + match.repeat(4, 1)
+    copied = second.v_proj.weight[:size]
+    second.o_proj.weight[:, : 4 * size] = 0.2 * copied.T.repeat(1, 4)
+
+
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The untrained model: four layers, eight query heads on two key-value heads."""
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=256,
@@ -80,6 +120,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             head_dim=64,
             max_position_embeddings=CONTEXT,
             rms_norm_eps=1e-5,
+            initializer_range=0.06,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
@@ -87,6 +128,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    plant_look_back(model)
+    return model
 
 
 def learning_rate(done: float, step: int) -> float:
@@ -135,6 +178,8 @@ def train(
     started = time.monotonic() - progress.seconds
     while (share := done(progress)) < 1:
         length = next(length for end, length in PHASES if share < end)
+        if device == "cpu":  # plain attention is faster there while windows are short
+            model.set_attn_implementation("eager" if length <= 512 else "sdpa")
         rng = random.Random(f"{progress.seed} {progress.step}")
         ids, weights = corpus.batch(rng, length, generated=0.5)
         for group in optimizer.param_groups:
@@ -259,6 +304,7 @@ def model_card(record: dict[str, Any], model: LlamaForCausalLM) -> str:
         tokens=f"{record['tokens'] / 1e6:.1f} M",
         minutes=round(record["seconds"] / 60),
         device=record["device"],
+        batch=BATCH_TOKENS,
         context=LOSS_CONTEXT,
         count=PROBE_COUNT,
         losses=table(["text", "loss (nats per token)"], loss_rows),
