@@ -82,7 +82,7 @@ class HeadProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, S, in]`` to ``[B, H, S, out]``."""
-        return x @ self.weight.transpose(1, 2)
+        return torch.einsum("bhsi,hoi->bhso", x, self.weight)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -226,12 +226,13 @@ class MLAttention(nn.Module):
         """Queries in the cache's own coordinates ``[B, H, S, C + R]``, or R without nope part."""
         if self.qk_nope_head_dim == 0:
             return q_rope
-        return torch.cat((q_nope @ self.up_projections()[0], q_rope), dim=-1)
+        q_latent = torch.einsum("bhsn,hnc->bhsc", q_nope, self.up_projections()[0])
+        return torch.cat((q_latent, q_rope), dim=-1)
 
     def project(self, context: Tensor) -> Tensor:
         """Sums of latents ``[B, H, S, C]`` to the block's output ``[B, S, D]``."""
-        values = context @ self.up_projections()[1].transpose(1, 2)
-        return self.o_proj(values.transpose(1, 2).flatten(2))
+        values = torch.einsum("bhsc,hvc->bshv", context, self.up_projections()[1])
+        return self.o_proj(values.flatten(2))
 
     def decode_pages(
         self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, **kwargs: Any
