@@ -201,6 +201,13 @@ def test_pages_side_by_side_equal_pages_apart(name):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_empty_batch(name):
+    case = problem([], 2, rank=8, rope=4)
+    out, lse = case.run(name)
+    assert out.shape == (0, 1, 2, 8) and lse.shape == (0, 2, 1)
+
+
 def test_float64_is_computed_in_float64():
     case = problem([70, 9], 3, rank=20, rope=4)
     case = replace(case, q=case.q.double(), k_cache=case.k_cache.double())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -39,6 +40,28 @@ def decode(
         UsageError: if a length or a page number points outside of the table or the cache.
     """
     batch, queries, heads, width = q.shape
+    flops = 2 * queries * heads * (width + kv_lora_rank) * int(cache_seqlens.sum())
+    threads = min(torch.get_num_threads(), batch, int(flops / THREAD_FLOPS))
+    args = (q, k_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, causal)
+    if threads < 2:
+        return _decode(*args, threads=1)
+    with _one_torch_thread():
+        return _decode(*args, threads=threads)
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    kv_lora_rank: int,
+    softmax_scale: float,
+    causal: bool,
+    *,
+    threads: int,
+) -> tuple[Tensor, Tensor]:
+    """``decode`` on a number of Python threads; out comes back in the cache's dtype."""
+    batch, queries, heads, _ = q.shape
     kv_heads = k_cache.shape[2]
     group = heads // kv_heads
     q = q.detach().unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(2, 3).float()
@@ -61,12 +84,10 @@ def decode(
             at = (sequence, g, rows)
             _attend(q[at], chunks, visible, out[at], lse[at])
 
-    work = 2 * queries * heads * (width + kv_lora_rank) * sum(lengths)
-    threads = min(torch.get_num_threads(), batch, int(work / THREAD_FLOPS))
     _run(attend, sorted(range(batch), key=lambda sequence: -lengths[sequence]), threads)
     out = out.unflatten(2, (queries, group)).transpose(1, 2).flatten(2, 3)
     lse = lse.view(batch, kv_heads, queries, group).transpose(2, 3).flatten(1, 2)
-    return out, lse
+    return out.to(k_cache.dtype), lse
 
 
 def _seeing(queries: int, length: int, causal: bool) -> int:
@@ -160,20 +181,29 @@ def _run(task: Callable[[int], None], jobs: list[int], threads: int) -> None:
     """Do the jobs, one torch thread each on several Python threads where ``threads`` is above 1.
 
     Torch lets go of the interpreter lock inside its operators, so sequences run side by side
-    without the barrier that several torch threads on one small product wait at.
+    without the barrier that several torch threads on one small product wait at (on a busy machine
+    it costs far more than the product).
     """
     if threads < 2:
         for job in jobs:
             task(job)
         return
-    inference, torch_threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
+    inference = torch.is_inference_mode_enabled()
 
     def alone(job: int) -> None:  # grad and inference mode are per thread
         with torch.inference_mode(inference), torch.no_grad():
             task(job)
 
+    with ThreadPoolExecutor(threads, "mla", torch.set_num_threads, (1,)) as pool:
+        list(pool.map(alone, jobs))
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Keep torch's operators on one thread, here and in Python threads born meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads, "mla", torch.set_num_threads, (1,)) as pool:
-            list(pool.map(alone, jobs))
-    finally:  # the count is per thread, but threads born later copy the last one set
-        torch.set_num_threads(torch_threads)
+        yield
+    finally:
+        torch.set_num_threads(before)
