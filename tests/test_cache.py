@@ -177,7 +177,7 @@ def test_any_history_equals_lists(operations: list[tuple[str, int, int]]) -> Non
             columns += number
         elif name == "crop":
             left = max(0, columns - number)
-            cache.crop(-number if extra or left == 0 else left)
+            cache.crop(torch.tensor(-number) if extra or left == 0 else left)
             rows = [row[: max(0, len(row) - number)] for row in rows]
             columns = left
         elif name == "reorder":

@@ -289,6 +289,7 @@ class LatentCache(Cache):
             tokens_to_remove: minus their number; a positive value is the length to keep
                 (transformers before 5.23).
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers may pass a tensor
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self.columns)
         self.columns = max(0, self.columns + tokens_to_remove)
