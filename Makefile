@@ -25,7 +25,7 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 numbers: $(VENV)/.installed
-	$(BIN)/python benchmarks/numbers.py --write
+	$(BIN)/python -m benchmarks.page_numbers --write
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
