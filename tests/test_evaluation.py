@@ -81,6 +81,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def story(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The beginning of a real text: tokenising all of it takes longer than the tests."""
+    path = tmp_path_factory.mktemp("story") / "story.txt"
+    path.write_text((shared / "data" / "tinystories" / "train.txt").read_text()[:30_000])
+    return path
+
+
+@pytest.fixture(scope="module")
 def folder(source: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny"
     source.model.save_pretrained(path)
@@ -129,6 +137,7 @@ def test_kl_equals_its_definition() -> None:
         assert float(kl_divergence(a, b)[row]) == pytest.approx(expected, rel=1e-12)
 
 
+@settings(deadline=None)
 @given(
     logits=st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20),
     shift=st.floats(-100, 100),
@@ -233,7 +242,7 @@ def test_two_dtypes_of_one_model(source: Subject, text: Path) -> None:
     assert 0 < found.kl_mean < 0.5
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=12), st.integers(0, 2**31))
 def test_bootstrap_is_deterministic_and_holds_the_mean(values: list[float], seed: int) -> None:
     first, second = bootstrap(values, seed=seed), bootstrap(values, seed=seed)
@@ -251,6 +260,7 @@ def test_bootstrap_interval_is_about_right() -> None:
     assert bootstrap([1.5], seed=0).low is None
 
 
+@settings(deadline=None)
 @given(st.integers(2, 10_000))
 def test_default_lengths_fit_every_context(context: int) -> None:
     prefix, suffix = window_lengths(context, None, None)
@@ -384,9 +394,8 @@ def test_eval_and_verify_from_the_command_line(folder: Path, text: Path, tmp_pat
     assert json.loads(done.stdout)["percent_of_own"] == 100.0
 
 
-def test_a_real_checkpoint(shared: Path, tmp_path: Path) -> None:
+def test_a_real_checkpoint(shared: Path, story: Path) -> None:
     model = shared / "models" / "stories260k"
-    story = shared / "data" / "tinystories" / "train.txt"
     report = evaluate(model, model, text=story, windows=2, recall=False, max_new_tokens=8)
     assert (report.quality.prefix_length, report.quality.suffix_length) == (384, 128)
     assert report.source.bytes_per_token == 5 * 2 * 4 * 8 * 4
@@ -394,3 +403,41 @@ def test_a_real_checkpoint(shared: Path, tmp_path: Path) -> None:
     # Its README: 4.5 to 5.6 inside stories; two windows that cross stories scatter above.
     assert 3.0 < report.quality.source.perplexity.value < 15.0
     assert report.quality.agreement and report.quality.agreement.kl_max == 0.0
+
+
+@pytest.fixture(scope="module")
+def converted(
+    shared: Path, story: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """stories260k converted both ways."""
+    from mlakit.conversion.apply import convert
+
+    root = tmp_path_factory.mktemp("converted")
+    model = shared / "models" / "stories260k"
+    convert(model, root / "equal", equal_cache=True)
+    convert(model, root / "half", cache_ratio=0.5, calibration=story, calibration_tokens=4096)
+    return {"source": model, **{name: root / name for name in ("equal", "half")}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_equal_cache_is_equal_to_rounding(
+    converted: dict[str, Path], story: Path, dtype: str
+) -> None:
+    found = verify(converted["source"], converted["equal"], text=story, windows=1, dtype=dtype)
+    assert len(found.promises) == 3
+    assert found.percent_of_own == 100.0
+
+
+def test_compressed_report_has_real_bytes(converted: dict[str, Path], story: Path) -> None:
+    options = {"text": story, "windows": 2, "recall": False, "max_new_tokens": 0}
+    report = evaluate(converted["source"], converted["half"], **options)
+    assert report.result is not None and report.memory.result is not None
+    assert report.result.attention == "mla compress"
+    assert (report.result.percent_of_own, report.result.percent_of_mha) == (50.0, 25.0)
+    size = report.memory.result
+    assert size.measured_bytes == size.accounted_bytes == 512 * 640
+    assert report.quality.agreement and report.quality.agreement.kl_mean.value > 0.01
+    alone = evaluate(converted["half"], **options)
+    assert (alone.source.percent_of_own, alone.source.percent_of_mha) == (50.0, 25.0)
+    # A compressed model keeps one promise without a threshold: its cache is its one pass.
+    assert len(verify(converted["source"], converted["half"], text=story).promises) == 1

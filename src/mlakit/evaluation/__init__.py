@@ -19,7 +19,7 @@ from mlakit.reporting.schema import LayerError, Report, Sample, Stage
 
 __all__ = ["Subject", "check", "evaluate", "open_subject", "verify"]
 
-SAMPLE_PROMPT_TOKENS = 24
+SAMPLE_PROMPT_WORDS = 12
 
 
 def evaluate(
@@ -105,15 +105,21 @@ def _samples(
     if max_new_tokens == 0:
         return []
     if prompts is None:
-        starts = cut.ids[:3, :SAMPLE_PROMPT_TOKENS]
-        prompts = source.tokenizer.batch_decode(starts, skip_special_tokens=True)
-    texts = [
+        texts = source.tokenizer.batch_decode(cut.ids[:3], skip_special_tokens=True)
+        prompts = [_opening(text) for text in texts]
+    written = [
         generate(s.model, s.tokenizer, list(prompts), max_new_tokens=max_new_tokens).texts
         for s in (source, result)
         if s is not None
     ]
-    written = texts[1] if result is not None else [None] * len(prompts)
+    theirs = written[1] if result is not None else [None] * len(prompts)
     return [
-        Sample(prompt=prompt, source=ours, result=theirs)
-        for prompt, ours, theirs in zip(prompts, texts[0], written, strict=True)
+        Sample(prompt=prompt, source=ours, result=other)
+        for prompt, ours, other in zip(prompts, written[0], theirs, strict=True)
     ]
+
+
+def _opening(text: str) -> str:
+    """First words of the first whole sentence: a window may begin inside a word."""
+    _, _, rest = text.partition(". ")
+    return " ".join((rest or text).split()[:SAMPLE_PROMPT_WORDS])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mlakit.account import cache_bytes
+from mlakit.account import as_mha, cache_bytes, cache_bytes_per_token
 from mlakit.evaluation.subject import Subject
 from mlakit.nn.hf import attention_specs, cache_nbytes, new_cache
 from mlakit.reporting.schema import CacheSize, Memory, ModelSummary
@@ -56,18 +56,31 @@ def measure_memory(
 def summarise_models(
     source: Subject, result: Subject | None, memory: Memory
 ) -> tuple[ModelSummary, ModelSummary | None]:
-    """Both models with bytes per token, as a share of the source's own cache and of its MHA."""
+    """Both models with bytes per token, as a share of the source's own cache and of its MHA.
+
+    A converted model that is measured alone is held against the cache of the model it was
+    converted from.
+    """
     tokens = memory.length * memory.batch
-    itemsize = source.model.dtype.itemsize
-    heads = (
-        (s.num_attention_heads, s.head_dim + s.value_dim) for s in attention_specs(source.model)
+    mha = cache_bytes_per_token(
+        [as_mha(spec) for spec in attention_specs(source.model)], source.model.dtype.itemsize
     )
-    mha = sum(count * width for count, width in heads) * itemsize
     own = memory.source.measured_bytes / tokens
-    ours = _summary(source, own, own, mha)
     if result is None or memory.result is None:
-        return ours, None
-    return ours, _summary(result, memory.result.measured_bytes / tokens, own, mha)
+        return _summary(source, own, _original_bytes(source) or own, mha), None
+    return _summary(source, own, own, mha), _summary(
+        result, memory.result.measured_bytes / tokens, own, mha
+    )
+
+
+def _original_bytes(subject: Subject) -> int | None:
+    """Cache bytes per token before the conversion; None for a model that was not converted."""
+    provenance = getattr(subject.model.config, "mlakit", None)
+    if not provenance:
+        return None
+    layer = provenance["source_attention"]
+    width = 2 * layer["num_key_value_heads"] * layer["head_dim"]
+    return width * subject.model.config.num_hidden_layers * subject.model.dtype.itemsize
 
 
 def _summary(subject: Subject, bytes_per_token: float, own: float, mha: float) -> ModelSummary:

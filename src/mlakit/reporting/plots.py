@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from mlakit.reporting.schema import Recall, RecallKind, Report, SpeedPoint
 from mlakit.reporting.summary import KIND_WORDS, number, percent
@@ -253,6 +253,8 @@ def speed(report: Report) -> Figure | None:
     for axes in (decode, prefill):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.set_xlabel("cached length, tokens")
         ticks = [p.length for p in lines[0][1]]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])

@@ -50,7 +50,8 @@ class ModelSummary(Record):
         attention: ``mha``, ``gqa``, ``mqa`` or ``mla``, with the MLA form where there is one.
         fingerprint: hash of the checkpoint; None for a model that was not read from a folder.
         bytes_per_token: cache bytes really held, over the tokens cached, all layers.
-        percent_of_own: of the source's bytes per token.
+        percent_of_own: of the source's bytes per token; for a converted model measured alone, of
+            the model it was converted from.
         percent_of_mha: of the same model with one K/V head per query head, in the source's dtype.
     """
 
@@ -268,10 +269,17 @@ class Report(Record):
 
 
 class Difference(Record):
-    """Largest logit difference: absolute, and over the reference's largest logit."""
+    """How far logits are from a reference.
+
+    Attributes:
+        absolute: the largest difference.
+        relative: the same over the reference's largest logit.
+        rms: root mean square difference over the standard deviation of the reference.
+    """
 
     absolute: float
     relative: float
+    rms: float
 
 
 class Verification(Record):
@@ -286,7 +294,7 @@ class Verification(Record):
         top1: share of tokens with the same most likely token.
         source_bytes: cache bytes per token of the source.
         result_bytes: cache bytes per token of the result.
-        tolerance: relative difference that rounding explains in the coarser dtype of the two.
+        tolerance: rms difference that rounding explains in the coarser dtype of the two.
         tokens: continuation tokens compared.
         promises: what was checked, in words.
         failures: which of them were not kept, and by how much; empty when all is well.

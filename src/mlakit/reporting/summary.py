@@ -31,9 +31,12 @@ def headline(report: Report) -> str:
     result, agreement = report.result, report.quality.agreement
     if result is None or agreement is None:
         source = report.source
+        share = f"{percent(source.percent_of_mha)} of MHA"
+        if source.percent_of_own != 100:
+            share = f"{percent(source.percent_of_own)} of its source's own, {share}"
         return (
             f"{source.name} caches {number(source.bytes_per_token)} bytes per token "
-            f"({percent(source.percent_of_mha)} of MHA); perplexity after a cached prefix "
+            f"({share}); perplexity after a cached prefix "
             f"{number(report.quality.source.perplexity.value)}"
         )
     return (
@@ -128,13 +131,16 @@ def verification_rows(found: Verification) -> list[Row]:
         "logits through the cache, result against source": found.through_cache,
         "result through its cache, against its own one pass": found.own_cache,
     }
-    rounding = f"rounding explains {found.tolerance:.2g}"
     return [
         Row("cache, bytes per token of the source", number(found.source_bytes)),
         Row("cache, bytes per token of the result", number(found.result_bytes)),
         Row("cache, % of your own", percent(found.percent_of_own)),
         *(
-            Row(label, f"{d.relative:.2g}", note=f"{d.absolute:.2g} absolute; {rounding}")
+            Row(
+                label,
+                f"{d.rms:.2g} rms",
+                note=f"at most {d.absolute:.2g}, {d.relative:.2g} of the largest logit",
+            )
             for label, d in differences.items()
         ),
         Row("KL, mean", number(found.kl_mean), note="nats per token"),

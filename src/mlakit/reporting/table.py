@@ -34,7 +34,8 @@ def print_report(report: Report, console: Console) -> None:
 
 def print_verification(found: Verification, console: Console) -> None:
     """Prints the verdict and every number behind it."""
-    caption = "; ".join(found.failures) or f"kept: {'; '.join(found.promises)}"
+    lines = [f"broken: {failure}" for failure in found.failures]
+    caption = "\n".join(lines or [f"kept: {promise}" for promise in found.promises])
     heads = ["", f"{found.source} → {found.result}", ""]
     print_rows(verification_headline(found), heads, verification_rows(found), caption, console)
 
