@@ -76,9 +76,10 @@ def test_poison_and_page_order_do_not_matter(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_of_their_own_lengths(form: str) -> None:
+@pytest.mark.parametrize("window", [None, 3])
+def test_rows_of_their_own_lengths(form: str, window: int | None) -> None:
     """Left padding, a row that gets nothing in a step, and two tokens for some rows."""
-    model, ids = latent_model(form=form), token_ids(3, 12)
+    model, ids = latent_model("mistral", form, sliding_window=window), token_ids(3, 12)
     cache = LatentCache(attention_specs(model), 3, 12, dtype=torch.float32, block_size=4)
     poison(cache)
     given_tokens = [0, 0, 0]

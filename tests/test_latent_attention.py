@@ -188,11 +188,11 @@ def test_eager_equals_sdpa_and_gives_weights(form: str) -> None:
         torch.testing.assert_close(whole.logits, sdpa, **CLOSE)
         assert [w.shape for w in whole.attentions] == [(2, HEADS, 8, 8)] * 2
         assert len(whole.hidden_states) == 3
-        cache = DynamicCache()
-        model(ids[:, :5], past_key_values=cache)
-        rest = model(ids[:, 5:], past_key_values=cache, output_attentions=True)
-    for step, full in zip(rest.attentions, whole.attentions):
-        torch.testing.assert_close(step, full[:, :, 5:], rtol=1e-4, atol=1e-5)
+        for cache in (DynamicCache(), new_cache(model, 2, 8)):
+            model(ids[:, :5], past_key_values=cache)
+            rest = model(ids[:, 5:], past_key_values=cache, output_attentions=True)
+            for step, full in zip(rest.attentions, whole.attentions, strict=True):
+                torch.testing.assert_close(step, full[:, :, 5:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rope", ROPES)

@@ -55,7 +55,7 @@ class LatentConfig:
     q_bias: bool = False
     kv_a_bias: bool = False
     o_bias: bool = False
-    latent_norm_eps: float = 4.0**20
+    latent_norm_eps: float = 4.0**14
     head_dim: int = 576
     mlakit: dict[str, Any] | None = None
 

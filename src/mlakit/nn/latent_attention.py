@@ -237,10 +237,11 @@ class MLAttention(nn.Module):
     def decode_pages(
         self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The absorbed form on the pages, or on a window of them."""
+        """The absorbed form on the pages; in plain torch on a window, or to return weights."""
         window, length, longest = self.sliding_window, q_rope.shape[2], max(cache.lengths)
-        if window is not None and longest > window:
-            count = min(longest, window + length - 1)
+        beyond = window is not None and longest > window
+        if beyond or kwargs.get("output_attentions"):
+            count = longest if window is None else min(longest, window + length - 1)
             rows = cache.read(self.layer_idx, count).unsqueeze(1)
             latent, k_rope = rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
             mask = additive(cache.visible(count, length, window), q_rope.dtype)
