@@ -210,6 +210,24 @@ def test_multi_query_and_soft_cap() -> None:
     assert steps["scores = Q Kᵀ"].note == "/ √256, soft-capped"
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_caches_of_fixed_size_and_windows(family: str) -> None:
+    from transformers import StaticCache
+
+    model = ordinary(family, **({"sliding_window": 4} if family == "Mistral" else {}))
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    with torch.no_grad(), track_shapes(model, keep_weights=True) as tracker:
+        model(torch.arange(6)[None], past_key_values=cache, use_cache=True)
+        model(torch.arange(1)[None], past_key_values=cache, use_cache=True)
+    decode = tracker.journeys[2]
+    assert decode.past == 6 and decode.weights is not None and decode.weights.shape[:3] == (1, 4, 1)
+    torch.testing.assert_close(decode.weights.sum(-1), torch.ones(1, 4, 1))
+    for step in decode.steps:  # transformers may fold query heads into tokens: told as such
+        sizes = decode.sizes | {"n": 2, "1": 1}
+        expected = [math.prod(sizes[x] for x in each.split("·")) for each in step.letters]
+        assert list(step.shape) == expected, step
+
+
 def test_attention_sinks() -> None:
     model = ordinary("GptOss", attn_implementation="eager", head_dim=8, num_local_experts=4)
     journey = trace_model(model, [1, 2, 3]).journeys[0]
@@ -329,7 +347,7 @@ def test_weights_of_every_head(implementation: str) -> None:  # A04
 
 def test_heat_map_is_darker_for_more() -> None:  # A04
     weights = torch.tensor([[[[1.0, 0.0], [0.3, 0.7]]]])
-    journey = LayerJourney("layer", "mha", {}, (), weights=weights)
+    journey = LayerJourney("layer", "mha", 0, {}, (), weights=weights)
     lines = heat_map(journey, ["a", "b\n"]).splitlines()
     assert lines[1] == "head 0"
     assert lines[-2:] == ["  a   0 ██ ··", "b\\n   1 ░░ ▓▓"]
@@ -368,19 +386,30 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "letters,old,new,expected",
     [
-        (("B", "S", "H·d"), (2, 6, 8), (2, 6, 4, 2), ("B", "S", "H", "d")),
-        (("B", "S", "G·d"), (1, 1, 8), (1, 1, 1, 8), ("B", "S", "G", "d")),
-        (("B", "S", "C"), (1, 6, 8), (1, 1, 6, 8), ("B", "1", "S", "C")),
-        (("B", "S", "C"), (1, 1, 8), (1, 1, 1, 8), ("B", "1", "S", "C")),
-        (("B", "S", "H", "d"), (1, 1, 4, 2), (1, 1, 8), ("B", "S", "H·d")),
-        (("B", "G", "n", "T", "d"), (1, 2, 2, 3, 5), (1, 4, 3, 5), ("B", "H", "T", "d")),
-        (("B", "S", "H·(N+R)"), (1, 3, 6), (1, 3, 2, 3), ("B", "S", "H", "N+R")),
-        (("B", "S", "R"), (1, 3, 6), (1, 3, 3, 2), ("B", "S", "R:0", "R:1")),
-        (("B", "S"), (2, 3), (5,), None),
+        ("B S H·d", (2, 6, 8), (2, 6, 4, 2), "B S H d"),
+        ("B S C", (1, 6, 8), (1, 1, 6, 8), "B 1 S C"),
+        ("B S C", (1, 1, 8), (1, 1, 1, 8), "B 1 S C"),
+        ("B S H d", (1, 1, 4, 2), (1, 1, 8), "B S H·d"),
+        ("B G n T d", (1, 2, 2, 3, 5), (1, 4, 3, 5), "B H T d"),
+        ("B H S d", (1, 4, 1, 5), (1, 2, 2, 5), "B G n·S d"),
+        ("B G n·S d", (1, 2, 2, 5), (1, 4, 1, 5), "B H S d"),
+        ("B H S C+R", (1, 4, 1, 5), (1, 1, 4, 5), "B 1 H·S C+R"),
+        ("B S H·(N+R)", (1, 3, 20), (1, 3, 4, 5), "B S H N+R"),
+        ("B S R", (1, 3, 6), (1, 3, 3, 2), "B S R:0 R:1"),
+        ("B S R:0 R:1", (1, 3, 2, 3), (1, 3, 6), "B S R"),
+        ("B S", (2, 3), (5,), None),
     ],
 )
-def test_letters_of_views(letters: Any, old: Any, new: Any, expected: Any) -> None:
-    assert reshaped(letters, old, new) == expected
+def test_letters_of_views(letters: str, old: Any, new: Any, expected: str | None) -> None:
+    sizes = {"H": 4, "G": 2, "n": 2, "d": 2, "N": 3, "R": 2, "S": old[1] if len(old) == 3 else 1}
+    found = reshaped(tuple(letters.split()), old, new, sizes)
+    assert found == (None if expected is None else tuple(expected.split()))
+
+
+def test_letters_of_one_key_head() -> None:
+    sizes = {"H": 4, "G": 1, "n": 4, "d": 8}
+    assert reshaped(("B", "S", "G·d"), (1, 1, 8), (1, 1, 1, 8), sizes) == ("B", "S", "G", "d")
+    assert reshaped(("B", "S", "G·d"), (1, 6, 8), (1, 6, 1, 8), sizes) == ("B", "S", "G", "d")
 
 
 def test_letters_of_permutations() -> None:

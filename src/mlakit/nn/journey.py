@@ -63,6 +63,7 @@ class LayerJourney:
     Attributes:
         layer: its name in the model; empty when the model is the layer.
         kind: mha, gqa, mqa or mla.
+        past: tokens the layer had seen before.
         sizes: letter -> size, as seen.
         steps: in the order of computation.
         cache: what the layer keeps afterwards, if a cache was given.
@@ -71,6 +72,7 @@ class LayerJourney:
 
     layer: str
     kind: str
+    past: int
     sizes: dict[str, int]
     steps: tuple[Step, ...]
     cache: tuple[Cached, ...] = ()
@@ -81,6 +83,7 @@ class LayerJourney:
         return {
             "layer": self.layer,
             "kind": self.kind,
+            "past": self.past,
             "sizes": self.sizes,
             "steps": [asdict(step) for step in self.steps],
             "cache": [asdict(kept) for kept in self.cache],
@@ -106,7 +109,7 @@ def _runs(journeys: Sequence[LayerJourney]) -> Iterator[list[LayerJourney]]:
 
 
 def _deeds(journey: LayerJourney) -> tuple[object, ...]:
-    return journey.kind, journey.steps, journey.cache
+    return journey.kind, journey.past, journey.steps, journey.cache
 
 
 def _block(alike: list[LayerJourney]) -> str:
@@ -142,8 +145,8 @@ def _note(step: Step, journey: LayerJourney) -> str:
 
 def _title(alike: list[LayerJourney]) -> str:
     first, last = alike[0], alike[-1]
-    S, past = first.sizes["S"], first.sizes["T"] - first.sizes["S"]
-    tokens = f"{S} token{'s' if S > 1 else ''}" + (f" after {past}" if past else "")
+    S = first.sizes["S"]
+    tokens = f"{S} token{'s' if S > 1 else ''}" + (f" after {first.past}" if first.past else "")
     if len(alike) == 1:
         return f"{first.layer}: {tokens}"
     return f"{first.layer} … {last.layer}: {tokens}; {len(alike)} layers, the same in each"

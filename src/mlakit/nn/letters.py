@@ -29,8 +29,17 @@ GLOSSARY = {
 }
 
 
-def reshaped(letters: Letters, old: Sequence[int], new: Sequence[int]) -> Letters | None:
-    """Letters after ``view``/``reshape`` from ``old`` to ``new``; None if they do not line up."""
+def reshaped(
+    letters: Letters, old: Sequence[int], new: Sequence[int], sizes: Mapping[str, int]
+) -> Letters | None:
+    """Letters after ``view``/``reshape`` from ``old`` to ``new``; None if they do not line up.
+
+    Args:
+        letters: before.
+        old: shape before.
+        new: shape after.
+        sizes: what the letters inside ``H·d`` stand for.
+    """
     if math.prod(old) != math.prod(new):
         return None
     result: list[str] = []
@@ -48,12 +57,17 @@ def reshaped(letters: Letters, old: Sequence[int], new: Sequence[int]) -> Letter
                 want, j = want * new[j], j + 1
             else:
                 return None
+        # dimensions of size 1 that only one side has belong to what came before them
         while i < len(old) and old[i] == 1 and (j == len(new) or new[j] != 1):
-            i += 1  # a dimension of size 1 joins what came before it
-        while i == len(old) and j < len(new):
-            j += 1  # all that is left is of size 1
-        result += _regrouped(letters[first_i:i], new[first_j:j])
+            i += 1
+        while j < len(new) and new[j] == 1 and (i == len(old) or _stays_whole(letters[i], old[i])):
+            j += 1
+        result += _regrouped(letters[first_i:i], old[first_i:i], new[first_j:j], sizes)
     return tuple(result)
+
+
+def _stays_whole(letter: str, size: int) -> bool:
+    return size != 1 and "·" not in letter
 
 
 def _inserted_ones(letters: Letters, old: Sequence[int], new: Sequence[int]) -> int:
@@ -65,21 +79,60 @@ def _inserted_ones(letters: Letters, old: Sequence[int], new: Sequence[int]) -> 
     return max(ones[1] - 1, 0) if lone else 0
 
 
-def _regrouped(letters: Sequence[str], sizes: Sequence[int]) -> list[str]:
-    """One block of dimensions of equal product: letters before, sizes after."""
-    if len(letters) == len(sizes) == 1:
+def _regrouped(
+    letters: Sequence[str], old: Sequence[int], new: Sequence[int], sizes: Mapping[str, int]
+) -> list[str]:
+    """One block of dimensions of equal product: letters and sizes before, sizes after."""
+    if len(letters) == len(new) == 1:
         return [letters[0]]
-    real = [letter for letter in letters if letter != "1"] or ["1"]
-    wide = [index for index, size in enumerate(sizes) if size != 1] or [0]
-    whole = joined(real)
-    factors = _factors(whole)
-    if len(factors) == len(sizes):  # also where one of them is 1, as G in multi-query attention
-        return factors
-    parts = [whole] if len(wide) == 1 else factors
-    if len(parts) != len(wide):
-        parts = [f"{whole}:{k}" for k in range(len(wide))]
-    placed = dict(zip(wide, parts, strict=True))
-    return [placed.get(index, "1") for index in range(len(sizes))]
+    factors: list[tuple[str, int]] = []
+    for letter, size in zip(letters, old, strict=True):
+        parts = _factors(letter)
+        if len(parts) > 1:
+            factors += [
+                (part, sum(sizes.get(term, 0) for term in part.split("+"))) for part in parts
+            ]
+        elif letter != "1":
+            factors.append((letter, size))
+    finer = (
+        [
+            part
+            for letter, size in factors
+            for part in (
+                [("G", sizes["G"]), ("n", sizes["n"])] if letter == "H" else [(letter, size)]
+            )
+        ]
+        if {"G", "n"} <= set(sizes)
+        else []
+    )
+    for attempt in (factors, finer):
+        if attempt and (placed := _placed(attempt, new)):
+            return placed
+    whole = joined([letter for letter, _ in factors] or ["1"])
+    wide = [index for index, size in enumerate(new) if size != 1] or [0]
+    parts = [whole] if len(wide) == 1 else [f"{whole}:{k}" for k in range(len(wide))]
+    return [dict(zip(wide, parts, strict=True)).get(index, "1") for index in range(len(new))]
+
+
+def _placed(factors: Sequence[tuple[str, int]], new: Sequence[int]) -> list[str] | None:
+    """Factors, in order, laid into dimensions of these sizes; None if they do not fit."""
+    if [size for _, size in factors] == list(new):
+        return [letter for letter, _ in factors]
+    rest, groups = list(factors), []
+    for size in new:
+        taken: list[str] = []
+        product = 1
+        while rest and (product < size or (size == 1 and not taken and rest[0][1] == 1)):
+            letter, factor = rest.pop(0)
+            taken.append(letter)
+            product *= factor
+        if product != size:
+            return None
+        groups.append(taken)
+    if any(size != 1 for _, size in rest):
+        return None
+    groups[-1] += [letter for letter, _ in rest]
+    return [joined(taken) if taken else "1" for taken in groups]
 
 
 def _factors(letter: str) -> list[str]:

@@ -57,6 +57,29 @@ QUERIES = {"Q", "q_nope", "q_rope", "q_absorbed", "q_absorbed ‖ q_rope"}
 KEYS = {"K", "k_nope", "k_rope", "c_kv", "c_kv ‖ k_rope"}
 
 
+ALIASES = {
+    # torch's operation -> the one that means the same to shapes
+    "reshape": "view",
+    "flatten": "view",
+    "unflatten": "view",
+    "unsqueeze": "view",
+    "squeeze": "view",
+    "getitem": "view",
+    "split": "cut",
+    "chunk": "cut",
+    "narrow": "cut",
+    "swapaxes": "transpose",
+    "permute": "transpose",
+    "concat": "cat",
+    "div": "mul",
+    "truediv": "mul",
+    "sub": "add",
+    "bmm": "matmul",
+    "copy": "index_copy",
+    "setitem": "index_copy",
+}
+
+
 def kind_of(sizes: dict[str, int]) -> str:
     """mha, gqa, mqa or mla."""
     if "C" in sizes:
@@ -82,7 +105,8 @@ def sizes_of(layer: nn.Module, hidden: Tensor) -> dict[str, int]:
 
     B, S, D = hidden.shape
     H = find("num_attention_heads", "num_heads") or 1
-    sizes = {"B": B, "S": S, "T": S, "D": D, "H": H, "G": find("num_key_value_heads") or H}
+    G = find("num_key_value_heads") or H
+    sizes = {"B": B, "S": S, "T": S, "D": D, "H": H, "G": G, "n": H // G}
     latent = {
         "C": find("kv_lora_rank"),
         "N": find("qk_nope_head_dim"),
@@ -128,6 +152,15 @@ def weights_of(
         if isinstance(weight, Tensor) and child == "q_up_proj":
             found.append((weight, "W_UQ", ("H", "R", "d")))
     return found
+
+
+def length_of(cache: Any, layer: Any) -> int:
+    """Tokens that a layer has seen before."""
+    if cache is None:
+        return 0
+    if isinstance(cache, SimpleCache):
+        return cache.length
+    return int(cache.get_seq_length(layer.layer_idx))
 
 
 def pages_of(cache: Any, layer: nn.Module) -> list[Tensor]:

@@ -54,7 +54,7 @@ class ShapeTracker(TorchFunctionMode):
 
     def begin(self, name: str, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """An attention layer starts."""
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "x"]
         cache = kwargs.get("past_key_values", kwargs.get("cache"))
         self._watch = Watch(name, layer, hidden, cache, self.keep_weights)
 

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from mlakit.nn.journey import Cached, LayerJourney, Step
 from mlakit.nn.letters import Letters, axes_after, concatenated, cut, is_whole, reshaped
 from mlakit.nn.roles import (
+    ALIASES,
     JOINS,
     KEYS,
     NOTES,
     PARTS,
     QUERIES,
     kind_of,
+    length_of,
     pages_of,
     projection_of,
     scale_note,
@@ -51,6 +53,7 @@ class Watch:
         self.keep_weights = keep_weights
         self.weights: Tensor | None = None
         self.sizes = sizes_of(module, hidden)
+        self.past = length_of(cache, module)
         self.steps: list[Step] = []
         self._known: dict[int, tuple[Tensor, Value]] = {}  # holds tensors, so ids stay unique
         self._memory: set[int] = set()
@@ -70,6 +73,7 @@ class Watch:
         return LayerJourney(
             layer=self.name or type(self.module).__name__,
             kind=kind_of(self.sizes),
+            past=self.past,
             sizes={letter: self.sizes[letter] for letter in order if letter in shown},
             steps=tuple(self.steps),
             cache=tuple(kept),
@@ -85,6 +89,8 @@ class Watch:
 
     def saw(self, operation: str, args: Sequence[Any], kwargs: Any, result: Any) -> None:
         """torch computed ``result = operation(*args, **kwargs)``."""
+        if operation == "setitem":
+            result = args[0]
         tensors = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else [arg])]
         tensors = [t for t in tensors if isinstance(t, Tensor)]
         values = [self._value(tensor) for tensor in tensors]
@@ -129,7 +135,7 @@ class Watch:
             name, letter = self._row()
             self.sizes["T"] = out.shape[1]
             return self._put(out, Value(name, ("B", "T", letter)), None, f"read {name}")
-        letters = reshaped(value.letters, tensor.shape, out.shape)
+        letters = reshaped(value.letters, tensor.shape, out.shape, self.sizes)
         if letters is None:
             return
         new = replace(value, letters=letters)
@@ -233,7 +239,7 @@ class Watch:
         (target, held), (_, source) = inputs[0], inputs[-1]
         if source and held and held.name == "pages":
             self._put(target, held, None, f"write {source.name} into the pages")
-        elif source and not held and target.ndim == len(source.letters):
+        elif self.cache is not None and source and not held and target.ndim == len(source.letters):
             letters = tuple("T" if letter == "S" else letter for letter in source.letters)
             self.sizes["T"] = target.shape[-2]
             row = f"write {source.name} into the cache"
@@ -266,7 +272,7 @@ class Watch:
             "each row sums to 1",
         )
         if self.keep_weights:
-            self.weights = out.detach()
+            self._keep(out)
 
     def _saw_matmul(self, args: Any, kwargs: Any, inputs: Any, out: Tensor) -> None:
         if len(inputs) == 2 and inputs[0][1] and inputs[1][1]:
@@ -303,7 +309,8 @@ class Watch:
         if q is None or k is None or v is None:
             return
         scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-        self._fused(q, _bracketed(k.name), (*query.shape[:3], key.shape[2]), scale)
+        shape = (*query.shape[:3], key.shape[2])
+        self._fused(q, _bracketed(k.name), q.letters[:3], shape, scale)
         name = "latents" if v.name.startswith("c_kv") else "heads"
         letters = (*q.letters[:3], v.letters[-1])
         self._put(out, Value(name, letters), 4, f"{name} = softmax(scores) {v.name}")
@@ -312,7 +319,7 @@ class Watch:
             identity = torch.eye(T, dtype=key.dtype, device=key.device)
             value = identity.expand(*key.shape[:2], T, T)
             attend = torch.nn.functional.scaled_dot_product_attention
-            self.weights = attend(query, key, value, *args[3:], **kwargs).detach()
+            self._keep(attend(query, key, value, *args[3:], **kwargs))
 
     def _saw_mla_decode(self, args: Any, kwargs: Any, inputs: Any, out: Tensor) -> None:
         """Our own operator: queries against the pages, in one kernel."""
@@ -321,21 +328,30 @@ class Watch:
             return
         B, S, H, _ = query.shape
         self.sizes["T"] = int(lengths.max())
-        self._fused(q, "pages", (B, H, S, self.sizes["T"]), float(args[5]))
+        shape = (B, H, S, self.sizes["T"])
+        self._fused(q, "pages", ("B", "H", "S"), shape, float(args[5]))
         letters = (*q.letters[:3], "C")
         self._put(out, Value("latents", letters), 4, "latents = softmax(scores) c_kv")
 
-    def _fused(self, query: Value, keys: str, shape: tuple[int, ...], scale: float) -> None:
+    def _fused(
+        self, query: Value, keys: str, letters: Letters, shape: tuple[int, ...], scale: float
+    ) -> None:
         """Scores that exist only inside a kernel."""
         note = f"{scale_note(scale)}, inside one kernel, never stored"
         row, dtype = f"scores = {_bracketed(query.name)} {keys}ᵀ", self.steps[-1].dtype
-        self.steps.append(Step(4, row, tuple(shape), ("B", "H", "S", "T"), dtype, 0, note))
+        letters = (*letters, "T")
+        self.steps.append(Step(4, row, tuple(shape), letters, dtype, 0, note))
 
     # -- book-keeping -----------------------------------------------------------------------------
 
     def _value(self, tensor: Tensor) -> Value | None:
         known = self._known.get(id(tensor))
         return known[1] if known else None
+
+    def _keep(self, weights: Tensor) -> None:
+        """Weights as [B, H, S, T]; a kernel may have had heads folded into tokens."""
+        B, S, H = self.sizes["B"], self.sizes["S"], self.sizes["H"]
+        self.weights = weights.detach().reshape(B, H, S, -1)
 
     def _row(self) -> tuple[str, str]:
         """Name and letter of what one token leaves in a latent cache."""
@@ -371,27 +387,6 @@ class Watch:
             dtype = str(tensor.dtype).removeprefix("torch.")
             shape = tuple(tensor.shape)
             self.steps.append(Step(number, row, shape, value.letters, dtype, nbytes, note))
-
-
-ALIASES = {
-    "reshape": "view",
-    "flatten": "view",
-    "unflatten": "view",
-    "unsqueeze": "view",
-    "squeeze": "view",
-    "getitem": "view",
-    "split": "cut",
-    "chunk": "cut",
-    "narrow": "cut",
-    "swapaxes": "transpose",
-    "permute": "transpose",
-    "concat": "cat",
-    "div": "mul",
-    "truediv": "mul",
-    "sub": "add",
-    "bmm": "matmul",
-    "copy": "index_copy",
-}
 
 
 def _bracketed(name: str) -> str:
