@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from latent_models import FAMILIES, FORMS, latent_model, token_ids
-from mlakit.errors import MlakitError, UnsupportedModelError
+from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.nn.hf import attention_specs, cache_nbytes, load, new_cache, register
 
 ALL = {"q_bias": True, "kv_a_bias": True, "o_bias": True, "tie_word_embeddings": True}
@@ -178,15 +178,35 @@ class TestDamagedFolders:
         held = load_file(folder / "model.safetensors")
         del held["model.layers.1.self_attn.kv_b_proj.weight"]
         save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(MlakitError, match=r"kv_b_proj"):
+        with pytest.raises(MlakitError, match=r"kv_b_proj\.weight is missing"):
             load(folder)
+
+    def test_tensor_without_a_place(self, tmp_path: Path) -> None:
+        folder = saved(tmp_path, latent_model(q_bias=True))
+        config = json.loads((folder / "config.json").read_text())
+        config["q_bias"] = False
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(MlakitError, match=r"q_proj\.bias has no place"):
+            load(folder)
+
+    def test_float16_that_would_overflow(self, tmp_path: Path) -> None:
+        folder = saved(tmp_path, latent_model(latent_norm_eps=4.0**16))
+        assert load(folder, dtype="bfloat16").dtype == torch.bfloat16
+        with pytest.raises(UsageError, match="does not fit in float16"):
+            load(folder, dtype=torch.float16)
+
+    def test_impossible_device_and_dtype(self, folder: Path) -> None:
+        with pytest.raises(UsageError, match="device nowhere"):
+            load(folder, device="nowhere")
+        with pytest.raises(UsageError, match="float31"):
+            load(folder, dtype="float31")
 
     def test_wrong_shape(self, tmp_path: Path) -> None:
         folder = saved(tmp_path, latent_model())
         held = load_file(folder / "model.safetensors")
         held["model.layers.1.self_attn.kv_b_proj.weight"] = torch.zeros(3, 3)
         save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(MlakitError, match=r"kv_b_proj"):
+        with pytest.raises(MlakitError, match=r"kv_b_proj\.weight has shape \[3, 3\]"):
             load(folder)
 
     def test_damaged_config(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from mlakit.errors import MlakitError, UnsupportedModelError
+from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import read_model
 from mlakit.nn import configs, models
 from mlakit.nn.cache import LatentCache
@@ -47,8 +47,11 @@ def load(
     Raises:
         MlakitError: the folder is unfinished or incomplete, or transformers cannot read it.
         UnsupportedModelError: a newer mlakit wrote the folder.
+        UsageError: the dtype or the device cannot hold this model.
     """
     register()
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UsageError(f"there is no dtype {dtype!r}", remedy="use float32, bfloat16 or float16")
     if Path(path).is_dir():
         _check_folder(Path(path))
     try:
@@ -66,16 +69,42 @@ def load(
             remedy="check the path; a folder needs config.json and *.safetensors",
         ) from error
     model, info = loaded
-    for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info[problem])
-        if names:
-            raise MlakitError(
-                f"{path} does not hold what its config.json promises: "
-                f"{problem.replace('_', ' ')} {', '.join(names[:3])}"
-                + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
-                remedy="convert or download it again",
-            )
-    return model.to(device).eval()
+    _check_tensors(path, model.config, info)
+    _check_range(path, model)
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"{path} cannot be put on device {device}: {error}", remedy="try device cpu"
+        ) from error
+
+
+def _check_tensors(path: str | Path, config: Any, info: dict[str, Any]) -> None:
+    """Refuses a checkpoint whose tensors are not the ones its config calls for."""
+    wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    wrong += [
+        f"{name} has shape {list(found)} instead of {list(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])
+    ]
+    if isinstance(config, configs.LatentConfig):  # e.g. a bias that the config does not announce
+        extra = sorted(name for name in info["unexpected_keys"] if "rotary_emb" not in name)
+        wrong += [f"{name} has no place in the model" for name in extra]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise MlakitError(
+            f"{path} does not hold what its config.json promises: {', '.join(wrong[:3])}{more}",
+            remedy="convert or download it again",
+        )
+
+
+def _check_range(path: str | Path, model: PreTrainedModel) -> None:
+    """Refuses float16 where the weight of the latent norm, sqrt(eps), would be infinite in it."""
+    eps = getattr(model.config, "latent_norm_eps", 0.0)
+    if model.dtype == torch.float16 and eps > 4.0**15 and model.config.mla_form != "article":
+        raise UsageError(
+            f"{path} has latent_norm_eps {eps:g}, whose root does not fit in float16",
+            remedy="load it in bfloat16 or float32",
+        )
 
 
 def _check_folder(folder: Path) -> None:
