@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -32,6 +32,7 @@ from latent_models import (
     latent_model,
 )
 from latent_models import token_ids as tokens
+from mlakit.nn import latent_attention
 from mlakit.nn.hf import new_cache
 from mlakit.nn.latent_attention import (
     EqualCacheAttention,
@@ -341,10 +342,55 @@ def test_half_precision_runs_close_to_float32(form: str, dtype: torch.dtype) -> 
     assert error < 30 * 2.0**-9
 
 
-def test_structure_that_vllm_recognises() -> None:
-    """ENGINES: one two-argument expansion that mentions kv_b_proj, every return of it a pair."""
+class LeafTracer(fx.Tracer):
+    """Traces a module's own forward: every child is one node and keyword arguments are empty."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        if "kwargs" in str(obj.node) or obj.node.target == "keys":
+            return iter(())
+        return super().iter(obj)
+
+
+@pytest.mark.parametrize("changes", [{}, BIASES])
+def test_vllm_can_follow_the_forward(changes: dict[str, Any], monkeypatch: Any) -> None:
+    """vLLM's modelling backend fuses MLA by this graph: norm(linear(x)) once, kv_b after it."""
+    module = latent_model(attn_implementation="eager", **changes).model.layers[0].self_attn
+
+    def leaf(attention: Any, query: fx.Proxy, *others: Any, **options: Any) -> Any:
+        return query.tracer.create_proxy("call_function", leaf, (query, *others[:2]), {})
+
+    monkeypatch.setattr(
+        latent_attention.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *arguments: leaf
+    )
+    graph = LeafTracer().trace(module, concrete_args={"past_key_values": None})
+    calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
+    assert list(calls) == ["q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"]
+    assert [calls[name].args[0].op for name in list(calls)[:2]] == ["placeholder"] * 2
+    assert feeds(calls["kv_a_proj_with_mqa"], calls["kv_a_layernorm"])
+    assert feeds(calls["kv_a_layernorm"], calls["kv_b_proj"])
+    assert next(node for node in graph.nodes if node.op == "output").args[0][0] is calls["o_proj"]
+    check_expansion()
+
+
+def feeds(source: fx.Node, target: fx.Node) -> bool:
+    """Whether one linear reaches the other through shape operations alone."""
+    reached = list(source.users)
+    while reached:
+        node = reached.pop()
+        if node is target:
+            return True
+        if node.op in ("call_function", "call_method"):
+            reached += node.users
+    return False
+
+
+def check_expansion() -> None:
+    """One call with two arguments of a method that mentions kv_b_proj and returns pairs."""
     forward = ast.parse(textwrap.dedent(inspect.getsource(MLAttention.forward)))
-    calls = [
+    names = [
         node.func.attr
         for node in ast.walk(forward)
         if isinstance(node, ast.Call)
@@ -355,7 +401,7 @@ def test_structure_that_vllm_recognises() -> None:
         and not node.keywords
         and "kv_b_proj" in getattr(MLAttention, node.func.attr).__code__.co_names
     ]
-    assert calls == ["expand_kv"]
+    assert names == ["expand_kv"]
     assert not MLAttention.forward.__code__.co_freevars
     expansion = ast.parse(textwrap.dedent(inspect.getsource(MLAttention.expand_kv)))
     returns = [node for node in ast.walk(expansion) if isinstance(node, ast.Return)]

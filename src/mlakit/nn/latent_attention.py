@@ -199,10 +199,11 @@ class MLAttention(nn.Module):
         attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        missing = query.shape[-1] - value.shape[-1]
-        padded = missing > 0 and self.config._attn_implementation == "sdpa"
-        if padded:  # kernels that never hold all scores want values as wide as keys
-            value = nn.functional.pad(value, (0, missing))
+        missing = 0
+        if self.config._attn_implementation == "sdpa":
+            # Its kernels that never hold all scores want values as wide as keys.
+            missing = max(0, query.shape[-1] - value.shape[-1])
+            value = nn.functional.pad(value, (0, missing)) if missing else value
         output, weights = attention(
             self,
             query,
@@ -213,7 +214,7 @@ class MLAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return (output[..., :-missing] if padded else output), weights
+        return (output[..., :-missing] if missing else output), weights
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """``W_UK [H, N, C]`` and ``W_UV [H, V, C]``, views of ``kv_b_proj``."""
