@@ -102,9 +102,12 @@ def convert(
     print_plan(plan, Console())
     if not dry_run:
         typer.echo(f"{output} is complete ({time.monotonic() - started:.1f} s). Next:")
-        typer.echo(f"  {shlex.join(['mlakit', 'verify', model, str(output)])}")
-        typer.echo(f"  {shlex.join(['mlakit', 'eval', model, str(output)])}")
-        typer.echo(f"  {shlex.join(['mlakit', 'generate', str(output), 'Once upon a time'])}")
+        for words in (
+            ("verify", model, str(output)),
+            ("eval", model, str(output)),
+            ("generate", str(output), "Once upon a time"),
+        ):
+            typer.echo(f"  {shlex.join(['mlakit', *words])}")
 
 
 def print_plan(plan: ConversionPlan, console: Console) -> None:

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional
 
 from mlakit.conversion.factor import AttentionWeights, compress_query, read_weights
-from mlakit.conversion.plan import BATCH_TOKENS, HELD_OUT, Calibration
+from mlakit.conversion.forecast import BATCH_TOKENS, HELD_OUT
+from mlakit.conversion.plan import Calibration
 from mlakit.conversion.rotate import Rotation
 from mlakit.conversion.stream import LayerReader
 from mlakit.data import token_windows

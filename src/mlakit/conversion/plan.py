@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any, Literal
 
 from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
-from mlakit.conversion.budget import Goal, freqfold_candidates, target_layer
+from mlakit.conversion.budget import Goal, target_layer
+from mlakit.conversion.forecast import WINDOW, Estimate, forecast_cost, forecast_warnings
 from mlakit.data import builtin_text, read_text
 from mlakit.errors import MlakitError, UsageError
 from mlakit.families import FAMILIES, convertible
@@ -28,20 +28,6 @@ WORK_NAME = ".work"
 
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 """Output dtypes: safetensors' name and bytes."""
-
-WINDOW = 512
-"""Tokens per calibration window, or the source's context if that is shorter."""
-
-BATCH_TOKENS = 4096
-"""Tokens that go through a layer together."""
-
-HELD_OUT = 8
-"""One window in this many is held out to choose freqfold, when that is left to us."""
-
-CPU_FLOPS = 2e10
-CUDA_FLOPS = 2e13
-DISK_BYTES_PER_SECOND = 5e8
-"""Assumed speeds (per CPU core; any GPU; any disk) behind the estimate of the time."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +59,6 @@ class PlannedTensor:
     nbytes: int
     shard: int
     copied: bool
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What the run will need: peak memory and disk in bytes, time in seconds."""
-
-    memory_bytes: int
-    disk_bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -230,8 +207,9 @@ def make_plan(
         estimate=Estimate(0, 0, 0.0),
         warnings=(),
     )
-    estimate = _estimate(plan, model, device)
-    return replace(plan, estimate=estimate, warnings=tuple(_warnings(plan, model)))
+    return replace(
+        plan, estimate=forecast_cost(plan, model, device), warnings=forecast_warnings(plan, model)
+    )
 
 
 def calibration_text(calibration: str | Path | None) -> str:
@@ -333,70 +311,3 @@ def kept_tensors(layer: AttentionSpec) -> frozenset[str]:
     if layer.mla_form != "compress":
         kept |= {"q_proj.weight", "q_proj.bias"}
     return frozenset(kept)
-
-
-def _estimate(plan: ConversionPlan, model: ModelSpec, device: str) -> Estimate:
-    """Peak memory of one layer's work, the result and work files on disk, and a rough time."""
-    family, source = FAMILIES[model.family], plan.source_layer
-    hidden = source.hidden_size
-    prefix = family.layer(0)
-    layer_size = sum(math.prod(t.shape) for t in plan.tensors if t.name.startswith(prefix))
-    attention = sum(
-        math.prod(shape)
-        for spec in (source, plan.target)
-        for shape in spec.tensor_shapes().values()
-    )
-    keys = source.num_key_value_heads * source.head_dim
-    memory = 4 * layer_size + 16 * attention + 8 * (2 * keys) ** 2 * 4
-    last = sum(tensor.nbytes for tensor in plan.tensors if tensor.shard == plan.shards)
-    disk = plan.nbytes
-    operations = 10.0 * (2 * keys) ** 3 * len(plan.layers)
-    if plan.calibration is not None:
-        tokens = plan.calibration.tokens
-        inner = max(block.intermediate_size for block in model.feed_forwards)
-        memory += BATCH_TOKENS * 4 * (8 * hidden + 3 * inner) + 3 * 8 * (hidden + 1) ** 2
-        memory += source.num_attention_heads * BATCH_TOKENS * plan.calibration.window * 4
-        disk += 2 * tokens * hidden * 4 + 8 * keys**2 * len(plan.layers)
-        folds = freqfold_candidates(source.head_dim, plan.target.qk_rope_head_dim or 2)
-        passes = 2 + (len(folds) / HELD_OUT if plan.goal.freqfold == "auto" else 0)
-        each = 2.0 * layer_size + 4.0 * hidden**2
-        operations += passes * tokens * each * len(plan.layers)
-    else:
-        passes = 1
-    speed = CUDA_FLOPS if device.startswith("cuda") else CPU_FLOPS * (os.cpu_count() or 1)
-    reading = (passes + 1) * plan.nbytes / DISK_BYTES_PER_SECOND
-    return Estimate(int(max(memory, last)), int(disk), round(operations / speed + reading + 1, 1))
-
-
-def _warnings(plan: ConversionPlan, model: ModelSpec) -> list[str]:
-    source, target = plan.source_layer, plan.target
-    found: list[str] = []
-    full = source.cache_width
-    if plan.dtype != "float32" and plan.goal.equal_cache:
-        found.append(
-            f"exact up to the rounding of {plan.dtype} weights; --dtype float32 shows it exactly"
-        )
-    if source.kind == "mha" and not plan.goal.equal_cache:
-        found.append("the source is plain multi-head attention: its own cache is that of MHA")
-    if not plan.goal.equal_cache:
-        rank, rope = target.kv_lora_rank or 0, target.qk_rope_head_dim or 0
-        if rank + rope == full:
-            found.append(
-                "full rank saves no cache and still drops most of the rotation;"
-                " --equal-cache keeps the same bytes and is exact"
-            )
-        if rank > source.hidden_size + 1:
-            found.append(
-                f"rank {rank} is above the hidden size {source.hidden_size}: the latent cannot"
-                " hold more than its input"
-            )
-        if rank % 16:
-            found.append(f"rank {rank} is no multiple of 16; multiples of 16 decode fastest")
-        if source.num_key_value_heads * source.head_dim <= 256:
-            found.append(
-                f"the source caches only {full} numbers per token and layer: a small model has"
-                " little to gain"
-            )
-    if any(layer.sliding_window for layer in model.layers):
-        found.append("sliding-window layers: latents older than the window stay in the cache")
-    return found
