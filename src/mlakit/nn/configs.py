@@ -14,7 +14,7 @@ from mlakit.spec import AttentionSpec, MLAForm, RopeSpec
 FORMAT_VERSION = 1
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class LatentConfig:
     """What latent attention adds to a family's config; the defaults are DeepSeek-V3's sizes.
 
