@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from mlakit.spec import AttentionSpec, MLAForm, RopeSpec
+from mlakit.spec import MLAForm
 
 FORMAT_VERSION = 1
 
@@ -106,35 +106,6 @@ class LatentConfig:
         if types is not None and types[layer_idx] != "sliding_attention":
             return None
         return getattr(self, "sliding_window", None)
-
-    def attention_spec(self, layer_idx: int) -> AttentionSpec:
-        """The layer in the words every room shares."""
-        source = (self.mlakit or {}).get("source_attention", {})
-        parameters = dict(self.rope_parameters)
-        rope = RopeSpec(
-            theta=parameters.pop("rope_theta"),
-            dim=self.qk_rope_head_dim // self.rope_blocks,
-            rope_type=parameters.pop("rope_type", "default"),
-            parameters=parameters,
-            blocks=self.rope_blocks,
-        )
-        return AttentionSpec(
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=source.get("num_key_value_heads", self.num_attention_heads),
-            head_dim=source.get("head_dim", self.v_head_dim),
-            softmax_scale=self.softmax_scale,
-            rope=rope,
-            kv_lora_rank=self.kv_lora_rank,
-            qk_nope_head_dim=self.qk_nope_head_dim,
-            qk_rope_head_dim=self.qk_rope_head_dim,
-            v_head_dim=self.v_head_dim,
-            mla_form=self.mla_form,
-            sliding_window=self.layer_window(layer_idx),
-            q_bias=self.q_bias,
-            kv_bias=self.kv_a_bias,
-            o_bias=self.o_bias,
-        )
 
 
 def _mlp_plan(family: Any) -> dict[str, str]:

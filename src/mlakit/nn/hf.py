@@ -144,8 +144,6 @@ def _check_folder(folder: Path) -> None:
 def attention_specs(model: Any) -> list[AttentionSpec]:
     """One AttentionSpec per decoder layer of a model or of its config, converted or ordinary."""
     config = getattr(model, "config", model)
-    if isinstance(config, configs.LatentConfig):
-        return [config.attention_spec(index) for index in range(config.num_hidden_layers)]
     return list(read_model(config.to_dict()).layers)
 
 
