@@ -222,7 +222,7 @@ def test_a_run_cut_off_anywhere_resumes_bit_for_bit(
         with pytest.raises(Stop):
             convert(tiny, out, calibration=text, **options, progress=stop_at)
         assert json.loads((out / "plan.json").read_text())["status"] == "running"
-        with pytest.raises(MlakitError, match=r"not finished|no config\.json"):
+        with pytest.raises(MlakitError, match="not finished"):
             load(out)
         convert(tiny, out, calibration=text, **options)
         assert contents(out) == whole

@@ -109,16 +109,15 @@ def _check_range(path: str | Path, model: PreTrainedModel) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Refuses a folder that cannot be complete, before any tensor is read."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise MlakitError(
-            f"{folder} has no config.json", remedy="give the folder that holds config.json"
-        )
-    index = folder / INDEX
+    config, index = folder / "config.json", folder / INDEX
     if (folder / "plan.json").is_file() and not index.is_file():
         raise MlakitError(
             f"the conversion that writes {folder} has not finished",
             remedy="run the same mlakit convert command again: it goes on where it stopped",
+        )
+    if not config.is_file():
+        raise MlakitError(
+            f"{folder} has no config.json", remedy="give the folder that holds config.json"
         )
     try:
         version = (json.loads(config.read_text("utf-8")).get("mlakit") or {}).get(
