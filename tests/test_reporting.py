@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from mlakit.errors import MlakitError, VerificationError
-from mlakit.reporting.files import read_report, write_atomically
+from mlakit.reporting.files import read_report, write_file
 from mlakit.reporting.folder import write_report
 from mlakit.reporting.html import render_html, write_html
 from mlakit.reporting.plots import as_svg, draw
@@ -287,7 +287,7 @@ def test_one_page_alone(tmp_path: Path) -> None:
 def test_what_cannot_be_written_or_read_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(MlakitError, match="cannot write"):
-        write_atomically(tmp_path / "file" / "report.json", b"")
+        write_file(tmp_path / "file" / "report.json", b"")
     with pytest.raises(MlakitError, match="cannot read"):
         read_report(tmp_path / "absent.json")
     (tmp_path / "report.json").write_text('{"schema_version": 99}')

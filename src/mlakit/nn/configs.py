@@ -36,6 +36,7 @@ class LatentConfig:
     """
 
     if TYPE_CHECKING:  # the family's fields that are read here
+        vocab_size: int
         hidden_size: int
         num_attention_heads: int
         num_key_value_heads: Any

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -13,23 +14,20 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
-    LlamaPreTrainedModel,
 )
 from transformers.models.mistral.modeling_mistral import (
     MistralDecoderLayer,
     MistralForCausalLM,
     MistralModel,
-    MistralPreTrainedModel,
 )
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2DecoderLayer,
     Qwen2ForCausalLM,
     Qwen2Model,
-    Qwen2PreTrainedModel,
 )
 
 from mlakit.nn.cache import LatentCache
-from mlakit.nn.configs import MLALlamaConfig, MLAMistralConfig, MLAQwen2Config
+from mlakit.nn.configs import LatentConfig, MLALlamaConfig, MLAMistralConfig, MLAQwen2Config
 from mlakit.nn.latent_attention import (
     FORMS,
     HeadProjection,
@@ -117,157 +115,96 @@ def _key_positions(
     return (position_ids[:, -1:] - age.to(position_ids.device)).clamp_min(0)
 
 
-class MLALlamaModel(LlamaModel):
+class LatentDecoder(PreTrainedModel):
+    """A family's bare decoder with latent attention; stands before the family's own class."""
+
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__(config)  # type: ignore[arg-type]
+        install_latent_attention(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_latent_weights(module, self.config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As the family's; a LatentCache is planned for the step first."""
+        tokens = inputs_embeds if input_ids is None else input_ids
+        step = prepare_step(self, tokens, attention_mask, position_ids, past_key_values)
+        return super().forward(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **step,
+            **kwargs,
+        )
+
+
+class LatentLanguageModel(PreTrainedModel):
+    """A family's language model around its LatentDecoder.
+
+    The family's own ``__init__`` is passed over: it would build ordinary attention first.
+    """
+
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    decoder: type[LatentDecoder]
+
+    def __init__(self, config: LatentConfig) -> None:
+        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+        self.model = self.decoder(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class MLALlamaModel(LatentDecoder, LlamaModel):
     """LlamaModel with latent attention."""
 
     config_class = MLALlamaConfig
     _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": MLAttention}  # noqa: RUF012
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-
-    def __init__(self, config: MLALlamaConfig) -> None:
-        super().__init__(config)
-        install_latent_attention(self)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_latent_weights(module, self.config.initializer_range)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """As LlamaModel's; a LatentCache is planned for the step first."""
-        tokens = inputs_embeds if input_ids is None else input_ids
-        step = prepare_step(self, tokens, attention_mask, position_ids, past_key_values)
-        return super().forward(
-            input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **step,
-            **kwargs,
-        )
 
 
-class MLALlamaForCausalLM(LlamaForCausalLM):
+class MLALlamaForCausalLM(LatentLanguageModel, LlamaForCausalLM):
     """LlamaForCausalLM with latent attention."""
 
     config_class = MLALlamaConfig
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-
-    def __init__(self, config: MLALlamaConfig) -> None:
-        LlamaPreTrainedModel.__init__(self, config)
-        self.model = MLALlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder = MLALlamaModel
 
 
-class MLAMistralModel(MistralModel):
+class MLAMistralModel(LatentDecoder, MistralModel):
     """MistralModel with latent attention."""
 
     config_class = MLAMistralConfig
     _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MLAttention}  # noqa: RUF012
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-
-    def __init__(self, config: MLAMistralConfig) -> None:
-        super().__init__(config)
-        install_latent_attention(self)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_latent_weights(module, self.config.initializer_range)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """As MistralModel's; a LatentCache is planned for the step first."""
-        tokens = inputs_embeds if input_ids is None else input_ids
-        step = prepare_step(self, tokens, attention_mask, position_ids, past_key_values)
-        return super().forward(
-            input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **step,
-            **kwargs,
-        )
 
 
-class MLAMistralForCausalLM(MistralForCausalLM):
+class MLAMistralForCausalLM(LatentLanguageModel, MistralForCausalLM):
     """MistralForCausalLM with latent attention."""
 
     config_class = MLAMistralConfig
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-
-    def __init__(self, config: MLAMistralConfig) -> None:
-        MistralPreTrainedModel.__init__(self, config)
-        self.model = MLAMistralModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder = MLAMistralModel
 
 
-class MLAQwen2Model(Qwen2Model):
+class MLAQwen2Model(LatentDecoder, Qwen2Model):
     """Qwen2Model with latent attention."""
 
     config_class = MLAQwen2Config
     _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": MLAttention}  # noqa: RUF012
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-
-    def __init__(self, config: MLAQwen2Config) -> None:
-        super().__init__(config)
-        install_latent_attention(self)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_latent_weights(module, self.config.initializer_range)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """As Qwen2Model's; a LatentCache is planned for the step first."""
-        tokens = inputs_embeds if input_ids is None else input_ids
-        step = prepare_step(self, tokens, attention_mask, position_ids, past_key_values)
-        return super().forward(
-            input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **step,
-            **kwargs,
-        )
 
 
-class MLAQwen2ForCausalLM(Qwen2ForCausalLM):
+class MLAQwen2ForCausalLM(LatentLanguageModel, Qwen2ForCausalLM):
     """Qwen2ForCausalLM with latent attention."""
 
     config_class = MLAQwen2Config
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-
-    def __init__(self, config: MLAQwen2Config) -> None:
-        Qwen2PreTrainedModel.__init__(self, config)
-        self.model = MLAQwen2Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder = MLAQwen2Model

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from mlakit.checkpoint.writing import atomic_file
 from mlakit.errors import MlakitError
 from mlakit.reporting.schema import Report
 
 REPORT_NAME = "report.json"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside the target and renames, so that no reader ever sees half a file."""
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file that appears whole or not at all, and its folder if need be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise MlakitError(
             f"cannot write {path}: {error.strerror}",
-            remedy="choose a folder that can be written to and has room",
+            remedy="choose a folder that can be written to",
         ) from error
+    with atomic_file(path, len(content)) as file:
+        file.write(content)
 
 
 def read_report(path: str | Path) -> Report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlakit.reporting.files import REPORT_NAME, write_atomically
+from mlakit.reporting.files import REPORT_NAME, write_file
 from mlakit.reporting.html import TITLES, render_html
 from mlakit.reporting.plots import as_png, draw
 from mlakit.reporting.schema import Report
@@ -22,6 +22,6 @@ def write_report(report: Report, folder: str | Path) -> None:
     files["report.html"] = render_html(report, figures).encode()
     files[REPORT_NAME] = report.model_dump_json(indent=2).encode()
     for name, content in files.items():
-        write_atomically(target / name, content)
+        write_file(target / name, content)
     for name in TITLES.keys() - figures.keys():
         (target / f"{name}.png").unlink(missing_ok=True)

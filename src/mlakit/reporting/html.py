@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from mlakit.reporting.files import write_atomically
+from mlakit.reporting.files import write_file
 from mlakit.reporting.plots import as_svg, draw
 from mlakit.reporting.schema import Report
 from mlakit.reporting.summary import estimate, headline, number, percent, rows
@@ -68,4 +68,4 @@ def render_html(report: Report, figures: dict[str, Figure] | None = None) -> str
 
 def write_html(report: Report, path: str | Path) -> None:
     """Writes the page; an existing file is replaced whole or not at all."""
-    write_atomically(Path(path), render_html(report).encode())
+    write_file(Path(path), render_html(report).encode())
