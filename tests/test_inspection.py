@@ -203,6 +203,14 @@ def test_one_screen_of_text(tmp_path):
     assert "…" not in wide and "671 B parameters, 37.6 B active" in wide and " none " in wide
 
 
+def test_a_narrow_terminal_gets_two_tables_with_the_same_numbers(tmp_path):
+    found = inspect(write(tmp_path, LLAMA_3_8B))
+    narrow = printed(found, width=80, force_terminal=True, color_system=None)
+    assert max(map(len, narrow.splitlines())) <= 80 and "…" not in narrow
+    words = [word for word in printed(found).split() if "─" not in word]
+    assert set(words) <= set(narrow.split())
+
+
 @pytest.mark.parametrize(
     "layers,short",
     [([0], "0"), ([0, 1], "0-1"), (range(32), "0-31"), ([0, 2, 4, 6], "0,2..6"),

@@ -31,7 +31,9 @@ def read_model(config: Config) -> ModelSpec:
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise UnsupportedModelError(
-            f"config.json has model_type {name!r}, a family mlakit does not know",
+            "config.json has no model_type"
+            if name is None
+            else f"config.json has model_type {name!r}, a family mlakit does not know",
             remedy=f"known families: {', '.join(FAMILIES)}",
         )
     filled = {**family.defaults, **config}

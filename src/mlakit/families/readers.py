@@ -44,6 +44,11 @@ def rope_of(config: Config, layer_type: str) -> RopeSpec | None:
             return None
     options = dict(given)
     theta = options.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
+        raise UnsupportedModelError(
+            f"config.json: rope_theta is {theta!r}, not a positive number",
+            remedy="check that config.json is complete and belongs to these weights",
+        )
     legacy_type = options.pop("type", "default")
     rope_type = options.pop("rope_type", None) or legacy_type
     if config.get("partial_rotary_factor") is not None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 ANY_WIDTH = 1000
 """Tables take the columns they need; a narrower terminal wraps lines rather than losing numbers."""
 
+CACHE, COST = (0, 1, 2, 3, 4), (0, 5, 6, 7, 8)
+"""Columns of the table of variants when the terminal is too narrow for all of them at once."""
+
 BAR = 10
 """Columns of the widest bar."""
 
@@ -22,22 +25,28 @@ def print_inspection(found: Inspection, console: Console) -> None:
     """Prints everything in one screen."""
     from rich.text import Text
 
-    tables = [_layer_table(found), _variant_table(found)]
-    free = console.options.update_width(ANY_WIDTH)
-    widest = max(console.measure(table, options=free).maximum for table in tables)
-    console.width = max(console.width, widest)
+    tables = [_layer_table(found), _variant_table(found, CACHE + COST[1:])]
+    if console.is_terminal and _widest(tables, console) > console.width:
+        tables[1:] = [_variant_table(found, CACHE), _variant_table(found, COST)]
+    wrapped = console.is_terminal and _widest(tables, console) <= console.width
+    console.width = max(console.width, _widest(tables, console))
     counts = found.parameters
     active = f", {_short(counts['active'])} active" if counts["active"] < counts["total"] else ""
     name = Text.assemble((found.source, "bold"), " ", (_headline(found), "dim"))
     total = Text(f"{_short(counts['total'])} parameters{active}: ", style="bold")
     total.append(", ".join(_components(counts)), style="not bold")
     for line in (name, total):
-        console.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=not wrapped)
     for table in tables:
         console.print(table)
     for note in _notes(found):
         style = "bold yellow" if note.startswith("WARNING") else "dim"
-        console.print(Text(note, style=style), soft_wrap=True)
+        console.print(Text(note, style=style), soft_wrap=not wrapped)
+
+
+def _widest(tables: Sequence[Table], console: Console) -> int:
+    free = console.options.update_width(ANY_WIDTH)
+    return max(console.measure(table, options=free).maximum for table in tables)
 
 
 def _headline(found: Inspection) -> str:
@@ -66,8 +75,9 @@ def _layer_table(found: Inspection) -> Table:
     return table
 
 
-def _variant_table(found: Inspection) -> Table:
-    table = _table(
+def _variant_table(found: Inspection, columns: Sequence[int]) -> Table:
+    """What every variant costs; ``columns`` are positions in `_cells`."""
+    heads = (
         "attention",
         "bytes/token",
         "of own",
@@ -78,11 +88,13 @@ def _variant_table(found: Inspection) -> Table:
         "GFLOP",
         "moved",
     )
-    table.columns[4].justify = "left"
+    table = _table(*(heads[column] for column in columns))
     widest = max(variant.cache_bytes_per_token for variant in found.variants)
     for variant in found.variants:
         bar = _bar(variant.cache_bytes_per_token / widest)
-        table.add_row(*_cells(variant, bar), style="bold" if variant.name == "now" else "")
+        cells = _cells(variant, bar)
+        style = "bold" if variant.name == "now" else ""
+        table.add_row(*(cells[column] for column in columns), style=style)
     return table
 
 
@@ -118,7 +130,7 @@ def _table(*heads: str) -> Table:
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for head in heads:
-        left = head in ("layers", "attention", "feed-forward")
+        left = head in ("layers", "attention", "feed-forward", "")
         table.add_column(head, justify="left" if left else "right", no_wrap=True)
     return table
 
