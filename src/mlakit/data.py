@@ -214,7 +214,7 @@ def read_text(source: str | Path) -> str:
     Returns:
         The text; files and dataset rows are joined by blank lines and newlines.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
@@ -232,7 +232,7 @@ def read_text(source: str | Path) -> str:
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise MlakitError(
             f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
@@ -240,6 +240,11 @@ def _read_file(path: Path) -> str:
         ) from error
     except OSError as error:
         raise MlakitError(f"cannot read {path}: {error.strerror}") from error
+    if "\0" in text:
+        raise MlakitError(
+            f"{path} is not text: it holds NUL bytes", remedy="give a plain text file in UTF-8"
+        )
+    return text
 
 
 def _read_dataset(source: str) -> str:
