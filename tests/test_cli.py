@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mlakit.cli import app
+from mlakit.cli import app, main
 
 COMMAND = [sys.executable, "-c", "from mlakit.cli import main; main()"]
 
@@ -38,6 +39,19 @@ def test_verbose_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in run("inspect", tmp_path / "nowhere", "-v").stderr
 
 
+def test_an_unexpected_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def fail() -> None:
+        raise RuntimeError("of a kind nobody thought of")
+
+    monkeypatch.setattr("mlakit.api.doctor", fail)
+    monkeypatch.setattr("sys.argv", ["mlakit", "doctor"])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    shown = capsys.readouterr()
+    assert ending.value.code == 1 and shown.out == ""
+    assert shown.err.startswith("error: unexpected RuntimeError: of a kind nobody thought of\n")
+
+
 def test_wrong_usage_is_exit_2(tmp_path: Path) -> None:
     assert run("convert", tmp_path, "--no-such-option").returncode == 2
     assert run("generate", tmp_path).returncode == 2  # no prompt
@@ -58,12 +72,59 @@ def test_config_file_sets_options(shared: Path, tmp_path: Path) -> None:
     assert configured == plain
 
 
-@pytest.mark.parametrize("content", ["[nonsense]\nx = 1\n", "not toml", "inspect = 3\n"])
+def test_config_file_may_follow_the_verb_and_spells_options_as_the_command_line(
+    shared: Path, tmp_path: Path
+) -> None:
+    settings = tmp_path / "mlakit.toml"
+    settings.write_text("[inspect]\njson = true\nkv-lora-rank = 12\n")
+    found = json.loads(
+        run("inspect", shared / "models" / "stories260k", "--config", settings).stdout
+    )
+    assert 12 in [variant["kv_lora_rank"] for variant in found["variants"]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[nonsense]\nx = 1\n", "not toml", "inspect = 3\n", "[doctor]\nno-such-option = 1\n"],
+)
 def test_bad_config_file(content: str, tmp_path: Path) -> None:
     settings = tmp_path / "mlakit.toml"
     settings.write_text(content)
     done = run("--config", settings, "doctor")
     assert done.returncode == 2 and "mlakit.toml" in done.stderr
+
+
+def test_prompts_from_a_file_and_standard_input(shared: Path, tmp_path: Path) -> None:
+    model, prompts = shared / "models" / "stories260k", tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\n\nThe cat\n")
+    rows = run("generate", model, "--prompt-file", prompts, "--max-new-tokens", 2).stdout
+    assert "[1] Once upon a time" in rows and "[2] The cat" in rows and "[3]" not in rows
+    done = subprocess.run(
+        [*COMMAND, "generate", str(model), "-", "--max-new-tokens", "2"],
+        input="The cat\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == rows[rows.index("The cat") :]
+
+
+def test_nothing_is_computed_for_a_report_that_cannot_be_written(
+    shared: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("eval", shared / "models" / "stories260k", "-o", tmp_path / "file" / "report")
+    assert done.returncode == 1 and "is a file" in done.stderr and done.stdout == ""
+
+
+def test_a_damaged_tokenizer_is_one_error(shared: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(shared / "models" / "stories260k", model, copy_function=shutil.copyfile)
+    model.chmod(0o755)
+    (model / "tokenizer.json").write_text("{")
+    for verb in (("generate", model, "hi"), ("trace", model)):
+        done = run(*verb)
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and "tokenizer" in done.stderr
 
 
 def test_the_whole_job(shared: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from mlakit.checkpoint.writing import (
     atomic_file,
     copy_side_files,
     require_free_space,
+    require_writable,
     write_json_atomic,
     write_text_atomic,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "open_checkpoint",
     "read_header",
     "require_free_space",
+    "require_writable",
     "write_json_atomic",
     "write_text_atomic",
 ]

@@ -93,12 +93,27 @@ def require_free_space(folder: Path, nbytes: int) -> None:
     Raises:
         MlakitError: says how much is needed and how much is free.
     """
-    candidates = (folder.absolute(), *folder.absolute().parents)
-    free = shutil.disk_usage(next(path for path in candidates if path.exists())).free
+    free = shutil.disk_usage(_nearest(folder)).free
     if free < nbytes:
         raise MlakitError(
             f"Not enough disk space for {folder}: {nbytes:,} bytes needed, {free:,} free",
             remedy="free some space or choose another output folder",
+        )
+
+
+def require_writable(folder: Path) -> None:
+    """Refuses early when nothing can be written below ``folder`` (which may not exist yet).
+
+    Raises:
+        MlakitError: a file stands in its place, or the folder belongs to someone else.
+    """
+    nearest = _nearest(folder)
+    if not nearest.is_dir():
+        raise MlakitError(f"Cannot write {folder}: {nearest} is a file", remedy="name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise MlakitError(
+            f"Cannot write {folder}: no permission to write in {nearest}",
+            remedy="choose a folder that can be written to",
         )
 
 
@@ -232,6 +247,12 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the innermost of those around it that exists."""
+    candidates = (folder.absolute(), *folder.absolute().parents)
+    return next(path for path in candidates if path.exists())
 
 
 def _sync_folder(folder: Path) -> None:

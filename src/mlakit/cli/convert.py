@@ -51,7 +51,7 @@ def convert(
     calibration_tokens: Annotated[
         int, typer.Option(min=2, help="How many tokens of it, at most.")
     ] = 32768,
-    seed: Annotated[int, typer.Option(help="Chooses the windows of a longer text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the windows of a longer text.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
     ] = None,
@@ -59,7 +59,10 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Turn a llama, mistral or qwen2 checkpoint's attention into latent attention (MLA)."""
+    """Turn a checkpoint's attention into latent attention (MLA).
+
+    For llama, mistral and qwen2. A run that was cut off goes on when it is started again.
+    """
     from rich.console import Console
 
     from mlakit.conversion.apply import convert as run

@@ -18,9 +18,13 @@ def demo(
         float, typer.Option(help="Share of the cache that the compressed model keeps.")
     ] = 0.5,
 ) -> None:
-    """Inspect, convert in both modes, verify, generate before and after, write the report."""
+    """Do the whole job on the model that ships with mlakit.
+
+    Inspects, converts in both modes, verifies, generates before and after, writes the report.
+    """
     from rich.console import Console
 
+    from mlakit.checkpoint import require_writable
     from mlakit.cli.progress import show_progress
     from mlakit.conversion.apply import convert
     from mlakit.evaluation import check, evaluate
@@ -28,7 +32,8 @@ def demo(
     from mlakit.reporting.folder import write_report
     from mlakit.reporting.table import print_report, print_verification
 
-    console = Console()
+    console, output = Console(), output.expanduser()
+    require_writable(output)
     exact, compressed = output / "equal-cache", output / "compressed"
     with resources.as_file(resources.files("mlakit") / "assets" / "demo_model") as source:
         _step(console, f"Look: mlakit inspect {source}")

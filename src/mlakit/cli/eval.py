@@ -29,27 +29,34 @@ def eval(
     suffix_length: Annotated[
         int | None, typer.Option(help="Tokens scored after them; default: 1/4 of the context.")
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of the text to score.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text to score.")] = 8,
     recall: Annotated[bool, typer.Option(help="Ask passkey and key-value questions.")] = True,
     speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decode.")] = False,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Continue this side by side; repeatable.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of probes and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of probes and intervals.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Measure a model, or a result against its source, after a cached prefix."""
+    """Measure quality, recall and cache bytes, alone or side by side.
+
+    Quality is that of a continuation after a cached prefix.
+    """
     from rich.console import Console
 
+    from mlakit.checkpoint import require_writable
     from mlakit.cli.progress import show_progress
     from mlakit.evaluation import evaluate
     from mlakit.reporting.folder import write_report
     from mlakit.reporting.table import print_report
 
+    if output is not None:
+        output = output.expanduser()
+        require_writable(output)
     with show_progress() as progress:
         report = evaluate(
             model,

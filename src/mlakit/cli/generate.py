@@ -18,14 +18,18 @@ def generate(
         list[str] | None, typer.Argument(help="One or more prompts; '-' reads standard input.")
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="One prompt per line, instead of arguments.")
+        Path | None, typer.Option(help="One prompt per line, blank lines left out.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write per prompt.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from this share of probability.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0: all.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")] = None,
-    chat: Annotated[bool, typer.Option(help="Wrap prompts in the chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Wrap prompts in the chat template.")
+    ] = False,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Prompts at a time; default: all together.")
     ] = None,
@@ -41,8 +45,14 @@ def generate(
 
     prompts = _prompts(prompt or [], prompt_file)
     streaming = not as_json and len(prompts) == 1
-    if streaming:
-        typer.echo(prompts[0], nl=False)
+    pieces: list[str] = []
+
+    def stream(row: int, piece: str) -> None:
+        if not pieces:  # not before the model is there: an error stands alone
+            typer.echo(prompts[0], nl=False)
+        pieces.append(piece)
+        typer.echo(piece, nl=False)
+
     result = write(
         model,
         prompts,
@@ -56,13 +66,13 @@ def generate(
         seed=seed,
         device=device,
         dtype=dtype,
-        on_text=(lambda row, piece: typer.echo(piece, nl=False)) if streaming else None,
+        on_text=stream if streaming else None,
     )
     if as_json:
         typer.echo(json.dumps(result.as_dict(prompts), indent=2, ensure_ascii=False))
         return
     if streaming:
-        typer.echo()
+        typer.echo("" if pieces else prompts[0])
     else:
         for number, (start, text) in enumerate(zip(prompts, result.texts), 1):
             typer.echo(f"[{number}] {start}{text}")
@@ -74,11 +84,14 @@ def _prompts(arguments: list[str], file: Path | None) -> list[str]:
         raise UsageError("Prompts were given both as arguments and with --prompt-file")
     if file is not None:
         try:
-            prompts = file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
+            lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"Cannot read --prompt-file {file}: {error}") from error
+        prompts = [line for line in lines if line.strip()]
     else:
-        prompts = [sys.stdin.read() if item == "-" else item for item in arguments]
+        prompts = [
+            sys.stdin.read().removesuffix("\n") if item == "-" else item for item in arguments
+        ]
     if not prompts:
         raise UsageError("No prompt was given", remedy='mlakit generate MODEL "Once upon a time"')
     return prompts

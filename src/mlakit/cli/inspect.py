@@ -23,7 +23,10 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show parameters, cache bytes and decode cost: now, as MHA, as MQA and as MLA."""
+    """Show what a checkpoint costs: parameters, cache, decode.
+
+    Counted from config.json and tensor headers alone: now, as MHA, as MQA and as MLA.
+    """
     from mlakit.inspection import inspect as examine
     from mlakit.inspection import print_inspection
 

@@ -23,7 +23,7 @@ def trace(
         int | None, typer.Option(min=0, help="Only this layer; default: all, alike ones once.")
     ] = None,
     heads: Annotated[
-        bool, typer.Option(help="Show what every head looks at; for short texts.")
+        bool, typer.Option("--heads", help="Show what every head looks at; for short texts.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[
@@ -31,7 +31,10 @@ def trace(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Follow a token through attention: every tensor's shape, meaning and bytes."""
+    """Follow a token through attention, tensor by tensor.
+
+    Shows every tensor's shape, meaning and bytes: of a text, then of one more token.
+    """
     from mlakit.nn.journey import heat_map, tell
 
     journeys, tokens = _journeys(model, text, heads, device, dtype)
@@ -61,16 +64,14 @@ def _journeys(
 
     if model is None:
         return trace_example(keep_weights=heads).journeys, [f"token {k}" for k in range(6)]
-    from transformers import AutoTokenizer
+    from mlakit.evaluation import open_subject
 
-    from mlakit.nn.hf import load
-
-    loaded = load(model, dtype=dtype, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    subject = open_subject(model, dtype=dtype, device=device)
+    tokenizer = subject.tokenizer
     token_ids = tokenizer(text)["input_ids"]
     if not token_ids:
         raise UsageError("--text holds no token", remedy='--text "Once upon a time"')
-    tracker = trace_model(loaded, token_ids, keep_weights=heads)
+    tracker = trace_model(subject.model, token_ids, keep_weights=heads)
     return tracker.journeys, [str(tokenizer.decode([token])) for token in token_ids]
 
 

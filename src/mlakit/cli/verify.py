@@ -17,14 +17,17 @@ def verify(
         str | None,
         typer.Option(help="File, folder or dataset name; default: the package's own text."),
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of the text to read.")] = 2,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text to read.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare logits in one pass and through the cache; exit code 4 when a promise is broken."""
+    """Check that a result keeps what its conversion promised.
+
+    Compares logits in one pass and through the cache; exit code 4 when a promise is broken.
+    """
     from rich.console import Console
 
     from mlakit.evaluation import check

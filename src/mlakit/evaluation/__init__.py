@@ -9,7 +9,14 @@ import torch
 
 from mlakit.evaluation.environment import describe_environment
 from mlakit.evaluation.memory import measure_memory, summarise_models, whole_pages
-from mlakit.evaluation.quality import Progress, Windows, cut_windows, score_windows, summarise
+from mlakit.evaluation.quality import (
+    Progress,
+    Windows,
+    cut_windows,
+    open_text,
+    score_windows,
+    summarise,
+)
 from mlakit.evaluation.recall import measure_recall
 from mlakit.evaluation.speed import measure_speed
 from mlakit.evaluation.subject import ModelLike, Subject, open_pair, open_subject
@@ -68,6 +75,7 @@ def evaluate(
         UsageError: lengths beyond the context, or two models with different vocabularies.
         MlakitError: a text too short for the windows, or logits that are not finite.
     """
+    open_text(text)  # a text that cannot be read is refused before any weight is
     ours, theirs = open_pair(source, result, dtype=dtype, device=device)
     cut = cut_windows(
         ours,

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlakit.checkpoint import open_checkpoint
-from mlakit.errors import UsageError
+from mlakit.errors import MlakitError, UsageError
 from mlakit.nn.hf import load
 
 
@@ -54,9 +54,20 @@ def open_subject(
         return Subject(*model)
     checkpoint = open_checkpoint(model)
     path = checkpoint.download()
+    tokenizer = _open_tokenizer(path)
     loaded = load(path, dtype=dtype, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(path)
     return Subject(Path(model).name, loaded, tokenizer, checkpoint.fingerprint)
+
+
+def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a damaged tokenizer raises whatever its parser does
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise MlakitError(
+            f"{folder} has no tokenizer that can be loaded: {reason[0].rstrip(' :')}",
+            remedy="copy the tokenizer files of the source into that folder",
+        ) from error
 
 
 def open_pair(

@@ -9,7 +9,12 @@ import torch
 
 from mlakit.errors import UsageError
 from mlakit.evaluation.memory import measure_cache, whole_pages
-from mlakit.evaluation.quality import continuation_logits, cut_windows, kl_divergence
+from mlakit.evaluation.quality import (
+    continuation_logits,
+    cut_windows,
+    kl_divergence,
+    open_text,
+)
 from mlakit.evaluation.subject import ModelLike, Subject, open_pair
 from mlakit.nn.hf import attention_specs
 from mlakit.reporting.schema import Difference, Verification
@@ -80,6 +85,7 @@ def check(
     """
     if max_kl is not None and max_kl < 0:
         raise UsageError(f"a KL divergence is never below 0: max_kl={max_kl} cannot be met")
+    open_text(text)  # a text that cannot be read is refused before any weight is
     ours, theirs = open_pair(source, result, dtype=dtype, device=device)
     if theirs is None:
         raise UsageError("verify needs a source and a result")
