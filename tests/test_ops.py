@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlakit.errors import UsageError
+from mlakit.ops import choose as choose_module
 from mlakit.ops import cpu as cpu_path
 from mlakit.ops import flash_mla_with_kvcache, get_mla_metadata, mla_decode
 from mlakit.ops.choose import choose
@@ -26,7 +27,8 @@ from mlakit.ops.decode import IMPLEMENTATIONS
 from mlakit.ops.flash_mla import tile_schedule
 
 GARBAGE = 2147480000
-FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+FAST = ["cpu", "torch"]
+ON_CPU = [*FAST, "reference"]
 HEADS = [
     (1, 1), (3, 1), (3, 3), (9, 1), (9, 3), (63, 1), (64, 1), (64, 2), (64, 8), (128, 1), (128, 2),
     (128, 8),
@@ -146,7 +148,7 @@ def test_long_ragged_and_empty_sequences(name, dtype):
         assert_close(case.run(name), case.run("reference"), **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_rows_without_a_key(name):
     """Causal queries before the first key, and empty sequences: out 0 and lse +inf."""
     case = problem([0, 1, 3], 2, queries=3, rank=8, rope=4)
@@ -201,7 +203,7 @@ def test_pages_side_by_side_equal_pages_apart(name):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_empty_batch(name):
     case = problem([], 2, rank=8, rope=4)
     out, lse = case.run(name)
@@ -334,7 +336,7 @@ def test_flash_mla_both_generations():
         flash_mla_with_kvcache(*tensors, schedule, splits)
     with pytest.raises(UsageError, match="some of its arguments"):
         get_mla_metadata(case.cache_seqlens)
-    with pytest.raises(TypeError, match="is_fp8_kvcache"):
+    with pytest.raises(UsageError, match="576 bytes per token"):
         flash_mla_with_kvcache(*tensors, metadata, splits, is_fp8_kvcache=True)
 
 
@@ -368,7 +370,16 @@ def test_schedule_covers_every_block_once(lengths, parts):
 def test_choice_of_implementation(monkeypatch):
     assert choose("cpu", torch.bfloat16).name == "cpu"
     assert choose("cpu", torch.float64).name == "torch"
-    assert choose("cuda", torch.bfloat16).name == "torch"
+    for why_not, name in (("", "triton"), ("Triton is not installed", "torch")):
+        monkeypatch.setattr(choose_module, "_why_no_triton_here", lambda why_not=why_not: why_not)
+        choice = choose("cuda", torch.bfloat16)
+        assert choice.name == name and why_not in choice.reason
+        assert choose("cuda", torch.float64).name == "torch"
+        assert choose("mps", torch.float16).name == "torch"
+    with pytest.raises(UsageError, match="Triton is not installed"):
+        choose("cuda", torch.float32, "triton")
+    with pytest.raises(UsageError, match="cannot run"):
+        choose("cpu", torch.float32, "triton")
     assert "MLAKIT_KERNEL" in choose("cpu", torch.float32, "reference").reason
     with pytest.raises(UsageError, match="no implementation"):
         choose("cpu", torch.float32, "magic")

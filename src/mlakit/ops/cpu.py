@@ -2,21 +2,24 @@
 
 A chunk stays in the core's cache between the two products, and a 16-bit cache is widened while it
 is gathered, so memory is read once. Pages that lie side by side are taken as one piece; in float32
-they are not copied at all. Softmax runs in base 2, because torch inlines ``exp2`` and calls a
-slower library for ``exp``.
+they are not copied at all. Quantised rows, and rows chosen one by one, are gathered and dequantised
+a chunk at a time. Softmax runs in base 2, because torch inlines ``exp2`` and calls a slower library
+for ``exp``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from mlakit.errors import UsageError
+from mlakit.ops.cache_format import CacheFormat, Selection
 
 CHUNK = 512
 """Tokens per chunk: 1.2 MB of float32 at 576 columns."""
@@ -33,8 +36,19 @@ def decode(
     kv_lora_rank: int,
     softmax_scale: float,
     causal: bool,
+    cache_format: CacheFormat | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``mla_decode`` for CPU tensors of at most 32 bits, computed in float32.
+
+    Args:
+        q: as in ``mla_decode``, and so are the others.
+        k_cache: pages; of ``cache_format`` if that is given.
+        block_table: page numbers.
+        cache_seqlens: tokens visible.
+        kv_lora_rank: columns of a row that are its value.
+        softmax_scale: factor on the scores.
+        causal: whether a query sees no later key.
+        cache_format: of quantised pages; None for numbers in q's dtype.
 
     Raises:
         UsageError: if a length or a page number points outside of the table or the cache.
@@ -43,10 +57,43 @@ def decode(
     flops = 2 * queries * heads * (width + kv_lora_rank) * int(cache_seqlens.sum())
     threads = min(torch.get_num_threads(), batch, int(flops / THREAD_FLOPS))
     args = (q, k_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, causal)
-    if threads < 2:
-        return _decode(*args, threads=1)
-    with _one_torch_thread():
-        return _decode(*args, threads=threads)
+    with _one_torch_thread() if threads > 1 else nullcontext():
+        return _decode(*args, cache_format, threads=threads)
+
+
+def decode_selected(
+    q: Tensor, selections: Sequence[Selection], kv_lora_rank: int, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each query's attention to its own selected rows, in float32.
+
+    Args:
+        q: ``[B, S, H, W]``, at most 32 bits; meets the last W columns of a row.
+        selections: caches and the rows in them, attended to as one.
+        kv_lora_rank: columns of a row that are its value, from the left.
+        softmax_scale: factor on the scores.
+
+    Returns:
+        ``out [B, S, H, kv_lora_rank]``, ``lse`` and the largest score, ``[B, S, H]``; 0, +inf and
+        -inf where a query has no row.
+    """
+    batch, queries, heads, width = q.shape
+    scaled = q.detach().float().flatten(0, 1) * (softmax_scale / math.log(2.0))
+    out = scaled.new_zeros(batch * queries, heads, kv_lora_rank)
+    lse = scaled.new_full((batch * queries, heads, 1), math.inf)
+    peak = scaled.new_full((batch * queries, heads, 1), -math.inf)
+
+    def attend(job: int) -> None:
+        b, s = divmod(job, queries)
+        chunks = chain.from_iterable(_selected_rows(selection, b, s) for selection in selections)
+        _attend(scaled[job], chunks, None, out[job], lse[job], peak[job])
+
+    rows = batch * queries * sum(selection.slots.shape[2] for selection in selections)
+    flops = 2 * heads * (width + kv_lora_rank) * rows
+    threads = min(torch.get_num_threads(), batch * queries, int(flops / THREAD_FLOPS))
+    with _one_torch_thread() if threads > 1 else nullcontext():
+        _run(attend, list(range(batch * queries)), threads)
+    shape = (batch, queries, heads)
+    return out.view(*shape, -1), lse.view(shape), peak.mul_(math.log(2.0)).view(shape)
 
 
 def _decode(
@@ -57,11 +104,13 @@ def _decode(
     kv_lora_rank: int,
     softmax_scale: float,
     causal: bool,
+    cache_format: CacheFormat | None,
     *,
     threads: int,
 ) -> tuple[Tensor, Tensor]:
-    """``decode`` on a number of Python threads; out comes back in the cache's dtype."""
+    """``decode`` on a number of Python threads."""
     batch, queries, heads, _ = q.shape
+    dtype = q.dtype
     kv_heads = k_cache.shape[2]
     group = heads // kv_heads
     q = q.detach().unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(2, 3).float()
@@ -80,14 +129,18 @@ def _decode(
             visible = visible.repeat_interleave(group).unsqueeze(1)
         rows = slice((queries - seeing) * group, None)
         for g in range(kv_heads if seeing else 0):
-            chunks = _chunks(k_cache.detach()[:, :, g], pages[sequence], length)
+            if cache_format is None:
+                chunks = _chunks(k_cache.detach()[:, :, g], pages[sequence], length)
+            else:
+                slots = _slots(pages[sequence], k_cache.shape[1], length)
+                chunks = _stored_rows(k_cache.detach(), cache_format, slots)
             at = (sequence, g, rows)
             _attend(q[at], chunks, visible, out[at], lse[at])
 
     _run(attend, sorted(range(batch), key=lambda sequence: -lengths[sequence]), threads)
     out = out.unflatten(2, (queries, group)).transpose(1, 2).flatten(2, 3)
     lse = lse.view(batch, kv_heads, queries, group).transpose(2, 3).flatten(1, 2)
-    return out.to(k_cache.dtype), lse
+    return out.to(dtype), lse
 
 
 def _seeing(queries: int, length: int, causal: bool) -> int:
@@ -141,10 +194,39 @@ def _chunks(cache: Tensor, pages: list[int], length: int) -> Iterator[Tensor]:
         yield buffer[:tokens]
 
 
+def _slots(pages: list[int], block_size: int, length: int) -> Tensor:
+    """Where the tokens of one sequence lie, ``page * block_size + offset``, ``[length]``."""
+    starts = torch.tensor(pages).mul_(block_size)
+    return (starts[:, None] + torch.arange(block_size)).flatten()[:length]
+
+
+def _selected_rows(selection: Selection, b: int, s: int) -> Iterator[Tensor]:
+    """The rows that one query attends to, in float32 pieces."""
+    slots = selection.slots[b, min(s, selection.slots.shape[1] - 1)]
+    slots = slots[: max(0, int(selection.counts[b, s]))]
+    slots = slots[(slots >= 0) & (slots < selection.room)]
+    return _stored_rows(selection.pages.detach(), selection.cache_format, slots)
+
+
+def _stored_rows(pages: Tensor, cache_format: CacheFormat, slots: Tensor) -> Iterator[Tensor]:
+    """The rows at ``slots`` in float32 pieces ``[tokens, row]``, each valid until the next."""
+    buffer = torch.empty(min(CHUNK, len(slots)), cache_format.width)
+    for first in range(0, len(slots), CHUNK):
+        some = slots[first : first + CHUNK]
+        yield cache_format.read_into(buffer[: len(some)], pages, some)
+
+
 def _attend(
-    q: Tensor, chunks: Iterator[Tensor], visible: Tensor | None, out: Tensor, lse: Tensor
+    q: Tensor,
+    chunks: Iterator[Tensor],
+    visible: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    top: Tensor | None = None,
 ) -> None:
     """Online softmax over the chunks of one sequence and kv head; fills ``out`` and ``lse``.
+
+    Without any chunk it leaves them as they are.
 
     Args:
         q: scaled queries ``[rows, W]``, every one of which sees the first key.
@@ -152,6 +234,7 @@ def _attend(
         visible: keys each row sees ``[rows, 1]``, rising; None for all.
         out: ``[rows, C]``, float32.
         lse: ``[rows, 1]``, float32.
+        top: gets each row's largest score, in base 2, ``[rows, 1]``, float32.
     """
     width, rank = q.shape[1], out.shape[1]
     peak = total = torch.empty(0)
@@ -173,6 +256,10 @@ def _attend(
             total.mul_(rescale).add_(weights.sum(1, keepdim=True))
             out.mul_(rescale).addmm_(weights, rows[:, :rank])
         peak, start = new_peak, stop
+    if start == 0:
+        return
+    if top is not None:
+        top.copy_(peak)
     out.div_(total)
     torch.mul(peak.add_(total.log2_()), math.log(2.0), out=lse)
 

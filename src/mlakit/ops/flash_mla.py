@@ -1,12 +1,12 @@
-"""FlashMLA's two function names, on top of ``mla_decode``, in both generations of its interface.
+"""FlashMLA's decode functions, on top of our operators, in both generations of its interface.
 
 * 2025: ``get_mla_metadata(cache_seqlens, s_q * h_q // h_kv, h_kv)`` returns two tensors, the tile
   schedule and the cumulative number of splits, which every layer's call hands on.
 * 2026: ``get_mla_metadata()`` returns a schedule object and None. The first call fills the object
   and later calls must ask for the same problem.
 
-Covered is dense decode, for any page size, latent rank, rope size and head count. FlashMLA's
-arguments for fp8 caches and for sparse attention are not: passing one is a TypeError.
+Covered are dense and sparse decode over bfloat16, float16, float32 and fp8 caches, for any page
+size, latent rank, rope size and head count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from mlakit.errors import UsageError
+from mlakit.ops.cache_format import CacheFormat
 from mlakit.ops.decode import mla_decode
+from mlakit.ops.quantised_decode import mla_quantised_decode
+from mlakit.ops.sparse import mla_sparse_decode
 
 TILE_ROWS = 64
 """Query rows of one kv head that one part works on at a time."""
@@ -30,6 +33,9 @@ SPLIT_COST = 5
 SPLIT_BLOCK = 64
 """Tokens per block that the schedule counts in."""
 
+MODEL1_ROPE = 64
+"""Columns of MODEL1's rows that are not quantised."""
+
 
 @dataclass
 class TileSchedule:
@@ -39,13 +45,16 @@ class TileSchedule:
         problem: what the first call asked for; None before it.
     """
 
-    problem: dict[str, int | bool] | None = None
+    problem: dict[str, int | bool | None] | None = None
 
 
 def get_mla_metadata(
     cache_seqlens: Tensor | None = None,
     num_heads_per_head_k: int | None = None,
     num_heads_k: int | None = None,
+    num_heads_q: int | None = None,
+    is_fp8_kvcache: bool = False,
+    topk: int | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[TileSchedule, None]:
     """Plan a decoding step; call it once per step and hand the result to every layer.
 
@@ -53,15 +62,19 @@ def get_mla_metadata(
         cache_seqlens: tokens visible ``[B]``, int32.
         num_heads_per_head_k: query rows per kv head, ``s_q * h_q // h_kv``.
         num_heads_k: kv heads.
+        num_heads_q: query heads; has no influence.
+        is_fp8_kvcache: whether the cache is fp8; has no influence.
+        topk: indices per query of sparse attention, which replace the lengths.
 
     Returns:
-        Without arguments ``(TileSchedule(), None)``. With all three ``(tile_scheduler_metadata
-        int32 [parts, 8], num_splits int32 [B + 1])`` on the device of ``cache_seqlens``: per part
-        its first request and block, its last request and the block after its last, the number of
-        the split that its first request is in, and three zeros (a part without work starts at
-        request B); and the number of splits before each request. The lengths are read on the
-        host. FlashMLA's rule: a part is a streaming multiprocessor, here a torch thread on the
-        CPU, and requests are cut in order so that blocks plus a fixed cost per cut come out even.
+        Without arguments ``(TileSchedule(), None)``. With the first three
+        ``(tile_scheduler_metadata int32 [parts, 8], num_splits int32 [B + 1])`` on the device of
+        ``cache_seqlens``: per part its first request and block, its last request and the block
+        after its last, the number of the split that its first request is in, and three zeros (a
+        part without work starts at request B); and the number of splits before each request. The
+        lengths are read on the host. FlashMLA's rule: a part is a streaming multiprocessor, here a
+        torch thread on the CPU, and requests are cut in order so that blocks plus a fixed cost per
+        cut come out even.
 
     Raises:
         UsageError: if only some of the arguments are given, or they are out of range.
@@ -85,7 +98,8 @@ def get_mla_metadata(
         )
     tiles = math.ceil(num_heads_per_head_k / TILE_ROWS)
     parts = max(1, _processors(cache_seqlens.device) // num_heads_k // tiles)
-    rows, splits = tile_schedule(cache_seqlens.tolist(), parts)
+    lengths = cache_seqlens.tolist() if topk is None else [topk] * len(cache_seqlens)
+    rows, splits = tile_schedule(lengths, parts)
     device = cache_seqlens.device
     return (
         torch.tensor(rows, dtype=torch.int32, device=device),
@@ -96,26 +110,42 @@ def get_mla_metadata(
 def flash_mla_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
     head_dim_v: int,
     tile_scheduler_metadata: Tensor | TileSchedule,
     num_splits: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices_in_kvcache: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Absorbed MLA decode over a paged cache, called as FlashMLA is called.
 
     Args:
         q: ``[b, s_q, h_q, d]``.
-        k_cache: ``[num_blocks, page_block_size, h_k, d]``, q's dtype.
-        block_table: int32 ``[b, max_blocks]``.
-        cache_seqlens: int32 ``[b]``.
+        k_cache: ``[num_blocks, page_block_size, h_k, d]``, q's dtype; or fp8 pages, h_k 1.
+        block_table: int32 ``[b, max_blocks]``; not looked at, and may be None, with ``indices``.
+        cache_seqlens: int32 ``[b]``; the same.
         head_dim_v: columns of a cache row that are its value; ``kv_lora_rank``.
         tile_scheduler_metadata: from ``get_mla_metadata``: the tensor or the schedule object.
         num_splits: from ``get_mla_metadata``: the tensor, or None beside a schedule object.
         softmax_scale: factor on the scores; ``d ** -0.5`` if None.
-        causal: query i sees keys before ``seqlen - (s_q - 1 - i)``.
+        causal: query i sees keys before ``seqlen - (s_q - 1 - i)``; not with ``indices``.
+        is_fp8_kvcache: the caches are in one of FlashMLA's fp8 layouts, told apart by the bytes per
+            token: 656, or 584 in MODEL1 (d and head_dim_v 512); see ``cache_format`` for others.
+        indices: rows that each query attends to instead of a sequence, ``page * page_block_size +
+            offset``, int32 ``[b, s_q, topk]``; -1 for none.
+        attn_sink: float32 ``[h_q]``, with indices: ``out *= exp(lse) / (exp(lse) + exp(sink))``.
+        extra_k_cache: a second cache attended to together with the first, in the same layout.
+        extra_indices_in_kvcache: rows in it, int32 ``[b, s_q, extra_topk]``.
+        topk_length: int32 ``[b]``: only so many indices count, from the left.
+        extra_topk_length: the same for the extra cache.
 
     Returns:
         ``out [b, s_q, h_q, head_dim_v]`` in q's dtype and ``lse [b, h_q, s_q]``, float32, natural
@@ -125,11 +155,43 @@ def flash_mla_with_kvcache(
     Raises:
         UsageError: if shapes or dtypes do not fit, or the schedule is another problem's.
     """
-    _check_schedule(q, k_cache, tile_scheduler_metadata, num_splits, causal)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return mla_decode(
-        q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale=scale, causal=causal
+    problem = _problem(
+        q, k_cache, causal, is_fp8_kvcache, indices, extra_k_cache, extra_indices_in_kvcache
     )
+    _check_schedule(problem, tile_scheduler_metadata, num_splits)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    cache_format = _fp8_format(q, k_cache, head_dim_v) if is_fp8_kvcache else None
+    if indices is not None:
+        if causal:
+            raise UsageError(
+                "causal is set beside indices, which already say what each query sees",
+                remedy="Leave causal at False.",
+            )
+        out, lse, _ = mla_sparse_decode(
+            q, k_cache, indices, head_dim_v, softmax_scale=scale, cache_format=cache_format,
+            topk_length=topk_length, attn_sink=attn_sink, extra_k_cache=extra_k_cache,
+            extra_indices=extra_indices_in_kvcache, extra_topk_length=extra_topk_length,
+        )  # fmt: skip
+        return out, lse
+    for name, given in (
+        ("attn_sink", attn_sink),
+        ("extra_k_cache", extra_k_cache),
+        ("extra_indices_in_kvcache", extra_indices_in_kvcache),
+        ("topk_length", topk_length),
+        ("extra_topk_length", extra_topk_length),
+    ):
+        if given is not None:
+            raise UsageError(f"{name} is for sparse attention and indices is None")
+    if block_table is None or cache_seqlens is None:
+        raise UsageError("block_table and cache_seqlens may be None only beside indices")
+    if cache_format is None:
+        return mla_decode(
+            q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale=scale, causal=causal
+        )
+    return mla_quantised_decode(
+        q, k_cache, cache_format, block_table, cache_seqlens, head_dim_v, softmax_scale=scale,
+        causal=causal,
+    )  # fmt: skip
 
 
 def tile_schedule(lengths: Sequence[int], parts: int) -> tuple[list[list[int]], list[int]]:
@@ -161,23 +223,65 @@ def _processors(device: torch.device) -> int:
     return torch.get_num_threads()
 
 
-def _check_schedule(
+def _fp8_format(q: Tensor, k_cache: Tensor, head_dim_v: int) -> CacheFormat:
+    """The fp8 layout that has so many bytes per token: the 656-byte one or MODEL1, generalised."""
+    width, row = q.shape[3], k_cache.shape[3]
+    formats = []
+    if 1 <= head_dim_v <= width:
+        formats.append(CacheFormat("fp8", head_dim_v, width - head_dim_v))
+    if head_dim_v == width > MODEL1_ROPE:
+        formats.append(CacheFormat("model1", width - MODEL1_ROPE, MODEL1_ROPE))
+    for cache_format in formats:
+        if cache_format.bytes_per_token == row:
+            return cache_format
+    sizes = " or ".join(str(cache_format.bytes_per_token) for cache_format in formats)
+    raise UsageError(
+        f"k_cache has {row} bytes per token; fp8 with q {width} wide and head_dim_v {head_dim_v} "
+        f"has {sizes or 'no layout'}"
+    )
+
+
+def _problem(
     q: Tensor,
     k_cache: Tensor,
-    schedule: Tensor | TileSchedule,
-    num_splits: Tensor | None,
     causal: bool,
-) -> None:
-    if q.dim() != 4 or k_cache.dim() != 4:
+    is_fp8_kvcache: bool,
+    indices: Tensor | None,
+    extra_k_cache: Tensor | None,
+    extra_indices: Tensor | None,
+) -> dict[str, int | bool | None]:
+    """What a schedule object is for, in the names of FlashMLA's configuration."""
+    extra = extra_k_cache
+    if q.dim() != 4 or k_cache.dim() != 4 or (extra is not None and extra.dim() != 4):
         raise UsageError(
             f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; both should have 4 "
-            "dimensions"
+            "dimensions, and so should an extra_k_cache"
         )
+    return {
+        "b": q.shape[0],
+        "s_q": q.shape[1],
+        "h_q": q.shape[2],
+        "page_block_size": k_cache.shape[1],
+        "h_k": k_cache.shape[2],
+        "causal": causal,
+        "is_fp8_kvcache": is_fp8_kvcache,
+        "topk": None if indices is None else indices.shape[-1],
+        "extra_page_block_size": None if extra is None else extra.shape[1],
+        "extra_topk": None if extra_indices is None else extra_indices.shape[-1],
+    }
+
+
+def _check_schedule(
+    problem: dict[str, int | bool | None],
+    schedule: Tensor | TileSchedule,
+    num_splits: Tensor | None,
+) -> None:
     if isinstance(schedule, Tensor):
+        batch = int(problem["b"] or 0)
         fits = schedule.shape[1:] == (8,) and schedule.dtype == torch.int32
-        if num_splits is None or num_splits.shape != (q.shape[0] + 1,) or not fits:
+        if num_splits is None or num_splits.shape != (batch + 1,) or not fits:
             raise UsageError(
-                f"the schedule is not one for a batch of {q.shape[0]}: tile_scheduler_metadata "
+                f"the schedule is not one for a batch of {batch}: tile_scheduler_metadata "
                 "should be int32 [parts, 8] and num_splits int32 [b + 1]",
                 remedy="Pass both results of get_mla_metadata(cache_seqlens, ...) of this step.",
             )
@@ -187,14 +291,6 @@ def _check_schedule(
             "tile_scheduler_metadata and num_splits are not what get_mla_metadata returns",
             remedy="Pass both of its results: two tensors, or a TileSchedule and None.",
         )
-    problem: dict[str, int | bool] = {
-        "b": q.shape[0],
-        "s_q": q.shape[1],
-        "h_q": q.shape[2],
-        "page_block_size": k_cache.shape[1],
-        "h_k": k_cache.shape[2],
-        "causal": causal,
-    }
     if schedule.problem is None:
         schedule.problem = problem
     elif schedule.problem != problem:
