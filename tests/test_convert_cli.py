@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlakit.cli import app
-from mlakit.errors import UsageError
+from mlakit.errors import UnsupportedModelError, UsageError
 from tiny_models import TEXT, save_tiny
 
 
@@ -41,6 +41,24 @@ def test_convert_prints_what_was_measured_and_what_comes_next(tiny: Path) -> Non
     again = CliRunner().invoke(app, [*arguments, "--json"])
     plan = json.loads(again.stdout)
     assert plan["status"] == "complete" and plan["measured"]["freqfold"] >= 1
+
+
+def test_the_source_folder_is_never_written_to(tiny: Path) -> None:
+    before = sorted(path.name for path in tiny.iterdir())
+    for output in (tiny, tiny / "inside"):
+        result = CliRunner().invoke(app, ["convert", str(tiny), "-o", str(output), "--equal-cache"])
+        assert isinstance(result.exception, UsageError) and "source" in str(result.exception)
+    assert sorted(path.name for path in tiny.iterdir()) == before
+
+
+def test_a_config_that_makes_no_model_is_refused_before_anything_is_written(tiny: Path) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps({**config, "hidden_act": "frobnicate"}))
+    arguments = ["convert", str(tiny), "-o", str(tiny.parent / "out"), "--cache-ratio", "0.5"]
+    arguments += ["--calibration", str(tiny.parent / "text.txt")]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, UnsupportedModelError)
+    assert "frobnicate" in str(result.exception) and not (tiny.parent / "out").exists()
 
 
 def test_an_interrupted_run_says_how_to_go_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,47 +114,55 @@ def convert(
 
 
 def print_plan(plan: ConversionPlan, console: Console) -> None:
-    """A plan as a short table, with what was measured if it was carried out."""
-    from rich.table import Table
-
+    """A plan in a few lines: with what it needs, or what was measured if it was carried out."""
     source, target = plan.source_layer, plan.target
-    table = Table.grid(padding=(0, 2))
-    need = plan.estimate
-    table.add_row(
+    _line(
+        console,
         "attention",
         f"{source.kind.upper()}, {source.num_attention_heads} heads on"
         f" {source.num_key_value_heads} of size {source.head_dim}, {len(plan.layers)} layers",
     )
-    table.add_row(
+    _line(
+        console,
         "becomes",
         f"MLA ({target.mla_form}), rank {target.kv_lora_rank}, rope {target.qk_rope_head_dim}",
     )
-    table.add_row(
+    _line(
+        console,
         "cache per token",
         f"{plan.source_cache_bytes:,} -> {plan.cache_bytes:,} bytes:"
         f" {plan.cache_ratio:.1%} of its own, {plan.mha_ratio:.1%} of MHA",
     )
-    table.add_row("written", f"{plan.nbytes:,} bytes in {plan.shards} shards, {plan.dtype}")
+    _line(console, "written", f"{plan.nbytes:,} bytes in {plan.shards} shards, {plan.dtype}")
     if plan.calibration is not None:
         text = plan.calibration
-        table.add_row(
+        _line(
+            console,
             "calibration",
             f"{text.source}, up to {text.tokens:,} tokens in windows of {text.window}",
         )
-    table.add_row(
-        "needs about",
-        f"{need.memory_bytes / 2**20:,.0f} MiB of working memory,"
-        f" {need.disk_bytes / 2**20:,.0f} MiB of disk, {need.seconds:,.0f} s",
-    )
-    if plan.measured.get("freqfold"):
-        tried = plan.measured["held_out_perplexity"].items()
-        table.add_row(
-            "freqfold",
-            str(plan.measured["freqfold"])
-            + "".join(f"; {fold}: held-out perplexity {value:.3f}" for fold, value in tried),
+    if not plan.measured:
+        need = plan.estimate
+        _line(
+            console,
+            "needs about",
+            f"{need.memory_bytes / 2**20:,.0f} MiB of working memory,"
+            f" {need.disk_bytes / 2**20:,.0f} MiB of disk, {need.seconds:,.0f} s",
         )
+    if plan.measured.get("freqfold"):
+        perplexities = plan.measured["held_out_perplexity"].items()
+        tried = ", ".join(f"{fold}: {value:.3f}" for fold, value in perplexities)
+        chosen = f" (held-out perplexity by fold: {tried})" if tried else ""
+        _line(console, "freqfold", f"{plan.measured['freqfold']}{chosen}")
         kept = [layer["kept"] for layer in plan.measured["layers"]]
-        table.add_row("energy kept", f"{min(kept):.1%} in the worst layer")
-    console.print(table)
+        _line(console, "energy kept", f"{min(kept):.1%} in the worst layer")
     for warning in plan.warnings:
-        console.print(f"note: {warning}", highlight=False)
+        console.print(f"note: {warning}", highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _line(console: Console, name: str, value: str) -> None:
+    """One row; where there is no terminal it stays one line."""
+    from rich.text import Text
+
+    row = Text.assemble((f"{name:<17}", "bold"), value)
+    console.print(row, soft_wrap=not console.is_terminal)

@@ -88,6 +88,11 @@ def convert(
     if dry_run:
         return plan
     folder = Path(output).expanduser()
+    if folder.resolve().is_relative_to(checkpoint.path.resolve()):
+        raise UsageError(
+            f"The output folder {folder} lies in the source {model}, which is never written to",
+            remedy="choose a folder outside of it",
+        )
     finished = _finished(folder, plan)
     if finished is not None:
         return finished

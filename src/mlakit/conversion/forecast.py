@@ -28,6 +28,9 @@ CUDA_FLOPS = 2e13
 DISK_BYTES_PER_SECOND = 5e8
 """Assumed speeds (per CPU core; any GPU; any disk) behind the estimate of the time."""
 
+START_SECONDS = 5.0
+"""Importing torch and transformers takes this long before the work begins."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -68,7 +71,8 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
         passes = 1
     speed = CUDA_FLOPS if device.startswith("cuda") else CPU_FLOPS * (os.cpu_count() or 1)
     reading = (passes + 1) * plan.nbytes / DISK_BYTES_PER_SECOND
-    return Estimate(int(max(memory, last)), int(disk), round(operations / speed + reading + 1, 1))
+    seconds = START_SECONDS + operations / speed + reading
+    return Estimate(int(max(memory, last)), int(disk), round(seconds, 1))
 
 
 def forecast_warnings(plan: ConversionPlan, model: ModelSpec) -> tuple[str, ...]:

@@ -69,6 +69,7 @@ class Run:
         self.reader = LayerReader(checkpoint, self.model, _device(device))
         self.windows = None
         if text is not None and plan.calibration is not None:
+            self.reader.check()
             self.windows = choose_windows(text, checkpoint.path, plan.calibration)
             self._warn_of_little_text(self.windows.numel())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from mlakit.checkpoint import Checkpoint
 from mlakit.checkpoint.writing import atomic_file
+from mlakit.errors import UnsupportedModelError
 from mlakit.families import FAMILIES
 from mlakit.spec import ModelSpec
 
@@ -73,7 +75,17 @@ class LayerReader:
         self.spec = model
         self.family = FAMILIES[model.family]
         self.device = device
-        self._config = AutoConfig.from_pretrained(checkpoint.path)
+        with _config_errors(checkpoint.source):
+            self._config = AutoConfig.from_pretrained(checkpoint.path)
+
+    def check(self) -> None:
+        """Refuses a config that transformers builds no layer from.
+
+        Raises:
+            UnsupportedModelError: says what it stumbled over.
+        """
+        with _config_errors(self.checkpoint.source):
+            self._skeleton(0)
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:
         """All tensors of a layer, without its prefix, in their stored dtypes."""
@@ -126,3 +138,15 @@ class LayerReader:
         model.embed_tokens = nn.Identity()
         model.rotary_emb = type(model.rotary_emb)(config=config)
         return model.eval()
+
+
+@contextmanager
+def _config_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers checks configs in many ways
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UnsupportedModelError(
+            f"transformers can build no layer from the config.json of {source}: {reason}",
+            remedy="check that config.json is complete and belongs to these weights",
+        ) from error
