@@ -182,6 +182,13 @@ def test_pickles_are_refused_with_a_remedy(tmp_path):
     assert "safetensors" in caught.value.remedy and caught.value.exit_code == 3
 
 
+def test_an_unfinished_conversion_says_so(tmp_path):
+    (tmp_path / "plan.json").write_text('{"status": "running"}')
+    with pytest.raises(MlakitError, match="has not finished") as caught:
+        open_checkpoint(tmp_path)
+    assert "mlakit convert" in caught.value.remedy
+
+
 def test_no_weights_no_index_no_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(MlakitError, match="holds no weights"):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE_NAME = "model.safetensors"
+PLAN_NAME = "plan.json"
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 SAMPLE_BYTES = 64
 
@@ -150,10 +151,16 @@ def open_checkpoint(model: str | Path, *, weights: bool = True) -> Checkpoint:
 
 
 def _local(folder: Path) -> Files:
+    names = frozenset(path.name for path in folder.iterdir())
+    if PLAN_NAME in names and not names & {INDEX_NAME, SINGLE_NAME}:
+        raise MlakitError(
+            f"The conversion that writes {folder} has not finished",
+            remedy="run the same mlakit convert command again: it goes on where it stopped",
+        )
     return Files(
         folder,
         revision=None,
-        names=frozenset(path.name for path in folder.iterdir()),
+        names=names,
         fetch=lambda name: folder / name,
         header=lambda name: read_header(folder / name),
     )

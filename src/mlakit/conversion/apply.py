@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from mlakit.checkpoint import ShardWriter, open_checkpoint, require_free_space
+from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.checkpoint.writing import LOCK_NAME
 from mlakit.conversion.budget import EqualCacheForm, Goal
 from mlakit.conversion.plan import (
-    PLAN_NAME,
     ConversionPlan,
     Progress,
     calibration_text,

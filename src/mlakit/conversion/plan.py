@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
+from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.conversion.budget import Goal, target_layer
 from mlakit.conversion.forecast import WINDOW, Estimate, forecast_cost, forecast_warnings
 from mlakit.data import builtin_text, read_text
@@ -23,7 +24,6 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the steps done and the steps in all."""
 
 FORMAT_VERSION = 1
-PLAN_NAME = "plan.json"
 WORK_NAME = ".work"
 
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}

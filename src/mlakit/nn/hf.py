@@ -52,8 +52,10 @@ def load(
     register()
     if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UsageError(f"there is no dtype {dtype!r}", remedy="use float32, bfloat16 or float16")
-    if Path(path).is_dir():
-        _check_folder(Path(path))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        path = folder
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
