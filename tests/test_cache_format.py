@@ -279,6 +279,20 @@ def test_dense_decode_of_any_rank_group_and_page(dtype, data):
     assert_decodes(fmt, problem, rank, data.draw(st.booleans()))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_empty_batch_and_pages_that_are_not_there(dtype):
+    fmt = CacheFormat("int8", 20, 4)
+    assert_decodes(fmt, dense_problem(fmt, [], 3, queries=2, block_size=4, dtype=dtype), 20, True)
+    q, pages, table, lengths, _ = dense_problem(
+        fmt, [9, 3], 3, queries=2, block_size=4, dtype=dtype
+    )
+    with pytest.raises(UsageError, match="block_table has shape"):
+        mla_quantised_decode(q, pages, fmt, table[:1], lengths, 20, softmax_scale=1.0)
+    if dtype != torch.float64:
+        with pytest.raises(UsageError, match=r"block_table\[0\] uses pages"):
+            mla_quantised_decode(q, pages, fmt, table + 100, lengths, 20, softmax_scale=1.0)
+
+
 @pytest.mark.parametrize("kind", ["fp8", "model1"])
 def test_flash_mla_reads_its_own_layouts(kind):
     """Whatever the byte dtype, and with pages that lie further apart, as in FlashMLA's tests."""

@@ -259,6 +259,12 @@ def test_empty_caches_and_selections():
                 q.to(dtype), pages.to(dtype), indices, 8, softmax_scale=1.0
             )
             assert (out == 0).all() and (lse == math.inf).all() and (top == -math.inf).all()
+        nobody = torch.zeros(0, 1, topk, dtype=torch.int32)
+        for dtype in (torch.float32, torch.float64):
+            out, lse, _ = mla_sparse_decode(
+                q[:0].to(dtype), pages.to(dtype), nobody, 8, softmax_scale=1.0
+            )
+            assert out.shape == (0, 1, 3, 8) and lse.shape == (0, 3, 1)
     none = torch.empty(0, 1, 12)
     out, _, _ = flash_mla_sparse_fwd(q[0], none, torch.zeros(1, 1, 3, dtype=torch.int32), 1.0, 8)
     assert (out == 0).all()

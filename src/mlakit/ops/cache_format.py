@@ -356,7 +356,8 @@ def _e4m3_as_float16(codes: Tensor) -> Tensor:
     """e4m3 bytes as float16 numbers 256 times too small, exactly.
 
     Sign, exponent and mantissa move to their places in float16, subnormals included; the exponent's
-    bias is 8 short. torch's own conversion takes ten times as long on a CPU.
+    bias is 8 short. torch's own conversion takes ten times as long on a CPU. The NaN code reads as
+    480: a group with a NaN in it has a scale that is not finite, so it does not pass for a number.
     """
     wide = codes.view(torch.int8).to(torch.int16)
     return wide.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)

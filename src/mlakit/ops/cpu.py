@@ -93,7 +93,7 @@ def decode_selected(
     with _one_torch_thread() if threads > 1 else nullcontext():
         _run(attend, list(range(batch * queries)), threads)
     shape = (batch, queries, heads)
-    return out.view(*shape, -1), lse.view(shape), peak.mul_(math.log(2.0)).view(shape)
+    return out.view(*shape, kv_lora_rank), lse.view(shape), peak.mul_(math.log(2.0)).view(shape)
 
 
 def _decode(
