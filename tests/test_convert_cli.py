@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlakit.cli import app
-from mlakit.errors import UnsupportedModelError, UsageError
+from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from tiny_models import TEXT, save_tiny
 
 
@@ -59,6 +59,20 @@ def test_a_config_that_makes_no_model_is_refused_before_anything_is_written(tiny
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UnsupportedModelError)
     assert "frobnicate" in str(result.exception) and not (tiny.parent / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny: Path) -> None:
+    config = json.loads((tiny / "tokenizer.json").read_text())
+    known = max(config["model"]["vocab"].values())
+    config["model"]["vocab"] = {
+        token: index + known for token, index in config["model"]["vocab"].items()
+    }
+    (tiny / "tokenizer.json").write_text(json.dumps(config))
+    arguments = ["convert", str(tiny), "-o", str(tiny.parent / "out"), "--cache-ratio", "0.5"]
+    arguments += ["--calibration", str(tiny.parent / "text.txt")]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, MlakitError) and "embeddings" in str(result.exception)
+    assert not (tiny.parent / "out").exists()
 
 
 def test_an_interrupted_run_says_how_to_go_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ class Run:
         if text is not None and plan.calibration is not None:
             self.reader.check()
             self.windows = choose_windows(text, checkpoint.path, plan.calibration)
+            self._check_tokens(int(self.windows.max()))
             self._warn_of_little_text(self.windows.numel())
 
     def write(self, shards: ShardWriter) -> ConversionPlan:
@@ -84,6 +85,15 @@ class Run:
         self.plan.write(shards.folder, "running")
         self.work.mkdir(exist_ok=True)
         return self._finish(self._convert())
+
+    def _check_tokens(self, highest: int) -> None:
+        known = self.checkpoint.shape(self.family.embedding)[0]
+        if highest >= known:
+            raise MlakitError(
+                f"The tokenizer of {self.checkpoint.source} gives token {highest}, and the model"
+                f" has only {known} embeddings",
+                remedy="check that the tokenizer files belong to these weights",
+            )
 
     def _warn_of_little_text(self, tokens: int) -> None:
         width = self.plan.source_layer.cache_width
