@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from mlakit.cli import app
+from mlakit.conversion.apply import convert
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from tiny_models import TEXT, save_tiny
 
@@ -73,6 +75,16 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, MlakitError) and "embeddings" in str(result.exception)
     assert not (tiny.parent / "out").exists()
+
+
+def test_the_result_cuts_text_as_its_source_whatever_the_tokenizer_config_says(
+    tmp_path: Path,
+) -> None:
+    source = save_tiny(tmp_path / "qwen", "qwen2")
+    convert(source, tmp_path / "out", equal_cache=True)
+    ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (source, tmp_path / "out"))
+    assert type(ours) is type(theirs)
+    assert ours(TEXT[:500])["input_ids"] == theirs(TEXT[:500])["input_ids"]
 
 
 def test_an_interrupted_run_says_how_to_go_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

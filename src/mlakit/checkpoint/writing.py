@@ -267,6 +267,6 @@ def _write_error(path: Path, nbytes: int, error: OSError) -> MlakitError:
     if error.errno in FULL_DISK:
         return MlakitError(
             f"The disk is full: {path} needs {nbytes:,} bytes",
-            remedy="free some space and run the same command again; finished shards are kept",
+            remedy="free some space and run the same command again",
         )
     return MlakitError(f"Cannot write {path}: {error.strerror or error}")
