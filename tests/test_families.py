@@ -141,7 +141,7 @@ def test_unknown_family_is_named_with_those_that_are_known():
         read_model({"model_type": "rwkv"})
     assert "'rwkv'" in caught.value.message and caught.value.exit_code == 3
     assert all(name in caught.value.remedy for name in ("llama", "deepseek_v3", "mla_qwen2"))
-    with pytest.raises(UnsupportedModelError, match="None"):
+    with pytest.raises(UnsupportedModelError, match="no model_type"):
         read_model({})
 
 
