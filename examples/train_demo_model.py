@@ -51,7 +51,7 @@ BEGINNINGS = {
 }
 CARD = (Path(__file__).parent / "demo_model_card.md").read_text(encoding="utf-8")
 PROBE_LENGTHS = (256, 512, 1024, 2040)
-PROBE_COUNT = 20
+PROBE_COUNT = 8
 PROBE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -331,18 +331,21 @@ def sample(model: LlamaForCausalLM, tokenizer: Any, rows: int, seed: int) -> str
     model.generation_config.eos_token_id = None  # a story's end may be followed by a new one
     passages: dict[str, list[str]] = {}
     for style, beginnings in BEGINNINGS.items():
-        for beginning in beginnings:
-            ids = torch.tensor([tokenizer(beginning)["input_ids"]] * rows, device=model.device)
-            written = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=SAMPLE_TOKENS)
-            texts = tokenizer.batch_decode(written[:, 1:])
-            passages.setdefault(style, []).extend(text.replace(EOS, "\n\n") for text in texts)
+        prompts = tokenizer(
+            list(beginnings) * rows, return_tensors="pt", padding=True, padding_side="left"
+        ).to(model.device)
+        written = model.generate(
+            **prompts, do_sample=True, temperature=0.9, top_k=0, max_new_tokens=SAMPLE_TOKENS
+        )
+        texts = tokenizer.batch_decode(written)
+        passages[style] = [text.replace(BOS, "").replace(EOS, "\n\n").strip() for text in texts]
     corpus = Corpus(tokenizer, {style: "\n".join(texts) for style, texts in passages.items()})
     parts = [text for texts in passages.values() for text in texts]
     for _ in range(len(parts) // 3):
         ids, _ = corpus.document(rng, SAMPLE_TOKENS)
         parts.append(tokenizer.decode(ids, skip_special_tokens=True))
     rng.shuffle(parts)
-    return "\n\n".join(part.strip() for part in parts).replace(BOS, "") + "\n"
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def write_samples(folder: Path, device: str) -> None:
