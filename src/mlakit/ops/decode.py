@@ -12,8 +12,26 @@ from mlakit.ops.check import check_decode
 from mlakit.ops.choose import choose
 from mlakit.ops.reference import reference_decode
 
+
+def _triton(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    kv_lora_rank: int,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    from mlakit.ops import triton_decode  # imports Triton, which need not be installed
+
+    return triton_decode.decode(
+        q, k_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, causal
+    )
+
+
 IMPLEMENTATIONS = {
     "cpu": cpu.decode,
+    "triton": _triton,
     "torch": torch_decode.decode,
     "reference": reference_decode,
 }

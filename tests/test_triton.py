@@ -1,0 +1,56 @@
+"""Runs triton_cases.py: in Triton's interpreter wherever Triton is installed, and on a GPU.
+
+A process of its own each time, because Triton decides when it is imported which of the two it is.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+
+try:
+    TRITON = tuple(int(part) for part in version("triton").split("+")[0].split(".")[:2])
+except PackageNotFoundError:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+
+def run_cases(*options, interpret):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "triton_cases.py", "-p", "no:cacheprovider", *options],
+        cwd=TESTS,
+        env={**os.environ, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+interpreter = pytest.mark.skipif(
+    TRITON < (3, 9), reason="the interpreter of Triton before 3.9 fails on numpy 2.4 and later"
+)
+
+
+@interpreter
+def test_a_few_cases_in_the_interpreter():
+    """Both ways of loading, every dtype, cut and empty sequences, heads that fill no tile."""
+    run_cases("-k", "deepseek_shape or without_a_key or 24-40-40 or strided", interpret=True)
+
+
+@interpreter
+@pytest.mark.slow
+def test_all_cases_in_the_interpreter():
+    run_cases(interpret=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_the_gpu():
+    run_cases("-m", "", interpret=False)
