@@ -142,11 +142,19 @@ class Corpus:
         filler_share = rng.choice((0.0, 0.3, 0.6, 0.8)) if len(facts) > 1 else 0.8
         filler = rng.choices(self.fillers, (3, 2, 3, 2))[0]
         line = rng.randrange(len(filler))
+        # In half of the long documents every question comes late, far from most facts.
+        ask_from = rng.choice((0.0, 0.75)) * length if length > 1024 else 0.0
         while len(ids) < length:
-            if rng.random() < filler_share or (not known and len(ids) < next_fact):
+            waiting = not known and len(ids) < next_fact
+            waiting = waiting or (not facts and len(ids) < ask_from)
+            if rng.random() < filler_share or waiting:
                 add(filler[line % len(filler)] + "\n", 1.0)
                 line += 1
-            elif facts and len(ids) >= next_fact and (not known or rng.random() < 0.5):
+            elif (
+                facts
+                and len(ids) >= next_fact
+                and (not known or len(ids) < ask_from or rng.random() < 0.5)
+            ):
                 before, question, answer, after = facts.pop()
                 add(before, 1.0)
                 # Nobody can foresee a fact's digits: learning nothing from them saves noise.

@@ -51,7 +51,7 @@ BEGINNINGS = {
 }
 CARD = (Path(__file__).parent / "demo_model_card.md").read_text(encoding="utf-8")
 PROBE_LENGTHS = (256, 512, 1024, 2040)
-PROBE_COUNT = 8
+PROBE_COUNT = 20
 PROBE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 

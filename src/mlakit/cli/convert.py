@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -71,27 +71,46 @@ def convert(
         raise UsageError("No output folder was given", remedy="add -o OUT, or --dry-run")
     if freqfold != "auto" and not freqfold.isdecimal():
         raise UsageError(f"--freqfold {freqfold!r} is neither a number nor auto")
-    started = time.monotonic()
+    goal: dict[str, Any] = {
+        "equal_cache": equal_cache,
+        "form": form,
+        "cache_ratio": cache_ratio,
+        "kv_lora_rank": kv_lora_rank,
+        "qk_rope_head_dim": qk_rope_head_dim,
+        "method": method,
+        "freqfold": "auto" if freqfold == "auto" else int(freqfold),
+        "calibration": calibration,
+        "calibration_tokens": calibration_tokens,
+        "seed": seed,
+        "dtype": dtype,
+        "device": device,
+    }
+    plan = run(model, output or "", **goal, dry_run=True)
+    if not as_json:
+        print_plan(plan, Console())
+    if not dry_run:
+        started = time.monotonic()
+        plan = _carry_out(model, output or Path(), goal)
+        if not as_json:
+            print_measured(plan, Console())
+            typer.echo(f"{output} is complete ({time.monotonic() - started:.1f} s). Next:")
+            for words in (
+                ("verify", model, str(output)),
+                ("eval", model, str(output)),
+                ("generate", str(output), "Once upon a time"),
+            ):
+                typer.echo(f"  {shlex.join(['mlakit', *words])}")
+    if as_json:
+        typer.echo(json.dumps(plan.as_dict("planned" if dry_run else "complete"), indent=2))
+
+
+def _carry_out(model: str, output: Path, goal: dict[str, Any]) -> ConversionPlan:
+    """The conversion with progress on stderr; Ctrl-C says how to go on."""
+    from mlakit.conversion.apply import convert as run
+
     try:
         with show_progress() as progress:
-            plan = run(
-                model,
-                output or "",
-                equal_cache=equal_cache,
-                form=form,  # type: ignore[arg-type]
-                cache_ratio=cache_ratio,
-                kv_lora_rank=kv_lora_rank,
-                qk_rope_head_dim=qk_rope_head_dim,
-                method=method,
-                freqfold="auto" if freqfold == "auto" else int(freqfold),
-                calibration=calibration,
-                calibration_tokens=calibration_tokens,
-                seed=seed,
-                dtype=dtype,
-                device=device,
-                dry_run=dry_run,
-                progress=progress,
-            )
+            return run(model, output, **goal, progress=progress)
     except KeyboardInterrupt:
         typer.echo(
             "interrupted; finished layers are kept. To go on:\n  "
@@ -99,22 +118,10 @@ def convert(
             err=True,
         )
         raise typer.Exit(130) from None
-    if as_json:
-        typer.echo(json.dumps(plan.as_dict("planned" if dry_run else "complete"), indent=2))
-        return
-    print_plan(plan, Console())
-    if not dry_run:
-        typer.echo(f"{output} is complete ({time.monotonic() - started:.1f} s). Next:")
-        for words in (
-            ("verify", model, str(output)),
-            ("eval", model, str(output)),
-            ("generate", str(output), "Once upon a time"),
-        ):
-            typer.echo(f"  {shlex.join(['mlakit', *words])}")
 
 
 def print_plan(plan: ConversionPlan, console: Console) -> None:
-    """A plan in a few lines: with what it needs, or what was measured if it was carried out."""
+    """A plan in a few lines, with what it needs."""
     source, target = plan.source_layer, plan.target
     _line(
         console,
@@ -141,14 +148,19 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
             "calibration",
             f"{text.source}, up to {text.tokens:,} tokens in windows of {text.window}",
         )
-    if not plan.measured:
-        need = plan.estimate
-        _line(
-            console,
-            "needs about",
-            f"{need.memory_bytes / 2**20:,.0f} MiB of working memory,"
-            f" {need.disk_bytes / 2**20:,.0f} MiB of disk, {need.seconds:,.0f} s",
-        )
+    need = plan.estimate
+    _line(
+        console,
+        "needs about",
+        f"{need.memory_bytes / 2**20:,.0f} MiB of working memory,"
+        f" {need.disk_bytes / 2**20:,.0f} MiB of disk, {need.seconds:,.0f} s",
+    )
+    for warning in plan.warnings:
+        console.print(f"note: {warning}", highlight=False, soft_wrap=not console.is_terminal)
+
+
+def print_measured(plan: ConversionPlan, console: Console) -> None:
+    """What a conversion chose and kept."""
     if plan.measured.get("freqfold"):
         perplexities = plan.measured["held_out_perplexity"].items()
         tried = ", ".join(f"{fold}: {value:.3f}" for fold, value in perplexities)
@@ -156,8 +168,6 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
         _line(console, "freqfold", f"{plan.measured['freqfold']}{chosen}")
         kept = [layer["kept"] for layer in plan.measured["layers"]]
         _line(console, "energy kept", f"{min(kept):.1%} in the worst layer")
-    for warning in plan.warnings:
-        console.print(f"note: {warning}", highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _line(console: Console, name: str, value: str) -> None:
