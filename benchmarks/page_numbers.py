@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARK = re.compile(r"<!--n (?P<file>[^#]+)#(?P<keys>[^|]+)\|(?P<format>.*?)-->(?P<text>.*?)<!--/n-->")
+MARK = re.compile(r"<!--n (?P<file>[^#]+)#(?P<keys>[^|]+)\|(?P<format>.*?)-->.*?<!--/n-->")
 
 
 def look_up(file: str, keys: str) -> Any:
