@@ -44,6 +44,7 @@ PROBLEMS: dict[str, tuple[torch.dtype, int, int, int, int, int]] = {
     "256+32, 32 rows": (torch.bfloat16, 32, 256, 288, 288, 64),
     "256+128, 128 rows": (torch.bfloat16, 128, 256, 384, 384, 64),
     "128+16, 128 rows, pages of 16": (torch.bfloat16, 128, 128, 144, 144, 16),
+    "500+20, 128 rows": (torch.bfloat16, 128, 500, 520, 520, 64),
     "5+2, 1 row, pages of 24": (torch.bfloat16, 1, 5, 7, 7, 24),
 }
 """Name: dtype, query rows of a kv head, C, W, columns of a cache row, page size."""
@@ -102,7 +103,9 @@ def resources(compiled: Any) -> dict[str, int]:
 def compile_attend(target: str, problem: str, *, batch: int = 128) -> dict[str, Any]:
     """The tile chosen for one of ``PROBLEMS`` on a target, and what it occupies."""
     dtype, rows, rank, width, row, page = PROBLEMS[problem]
-    tile = choose_tile(target if target.startswith("sm_") else "hip", dtype, rows, rank, width, row)
+    tile = choose_tile(
+        target if target.startswith("sm_") else "hip", dtype, rows, rank, width, row, row % 16 == 0
+    )
     arguments: dict[str, Any] = dict.fromkeys(("q", "cache", "out"), f"*{NAMES[dtype]}")
     arguments |= dict.fromkeys(("table", "lengths", "first", "owner"), "*i32")
     arguments |= dict.fromkeys(("lse", "partial_out", "partial_lse"), "*fp32")

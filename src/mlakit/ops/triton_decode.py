@@ -81,7 +81,8 @@ def decode(
         return out, lse
     group = heads // kv_heads
     target, processors = _device(q.device)
-    tile = choose_tile(target, q.dtype, queries * group, kv_lora_rank, width, row)
+    aligned = not any(n % 16 for n in (k_cache.data_ptr(), *k_cache.stride()[:3]))
+    tile = choose_tile(target, q.dtype, queries * group, kv_lora_rank, width, row, aligned)
     row_tiles = math.ceil(queries * group / tile.rows)
     tiles = row_tiles * math.ceil(kv_lora_rank / tile.values) * kv_heads
     parts = max(1, WAVES * processors // tiles)
@@ -124,7 +125,7 @@ def _device(device: torch.device) -> tuple[str, int]:
 
 
 def choose_tile(
-    target: str, dtype: torch.dtype, rows: int, rank: int, width: int, row: int
+    target: str, dtype: torch.dtype, rows: int, rank: int, width: int, row: int, aligned: bool
 ) -> Tile:
     """The tile for a target and a problem, from a fixed table: nothing is tuned at run time.
 
@@ -138,12 +139,14 @@ def choose_tile(
         rank: value columns C.
         width: score columns W.
         row: columns of a cache row.
+        aligned: cache rows start at multiples of 16 bytes and 16 elements; loads of others take
+            registers instead of going to shared memory directly.
     """
     values, rest = _power(rank), width - rank
     if dtype == torch.float32:  # without matrix instructions: small blocks
         return Tile(16, 16, min(values, 256), min(_power(width), 64), False, 4, 2)
-    if width < row or rank > 512 or rest > 128:
-        warps = 8 if values > 512 else 4
+    if not aligned or width < row or rank > 512 or rest > 128:
+        warps = 8 if values > 256 else 4
         return Tile(16, 16, min(values, 1024), min(_power(width), 128), False, warps, 2)
     keys = _power(rest) if rest else 0
     few, many = STAGES.get(target, STAGES["other"])
