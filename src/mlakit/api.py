@@ -113,6 +113,7 @@ def doctor() -> dict[str, str]:
 
     import torch
 
+    from mlakit.errors import UsageError
     from mlakit.ops.choose import choose
 
     findings = {"python": platform.python_version(), "platform": platform.platform()}
@@ -126,6 +127,9 @@ def doctor() -> dict[str, str]:
         properties = torch.cuda.get_device_properties(index)
         findings[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        choice = choose(device, torch.bfloat16, os.environ.get("MLAKIT_KERNEL"))
-        findings[f"decode on {device}"] = f"{choice.name} ({choice.reason})"
+        try:
+            choice = choose(device, torch.bfloat16, os.environ.get("MLAKIT_KERNEL"))
+            findings[f"decode on {device}"] = f"{choice.name} ({choice.reason})"
+        except UsageError as error:
+            findings[f"decode on {device}"] = f"refused: {error.message}"
     return findings
