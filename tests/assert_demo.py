@@ -23,7 +23,9 @@ def main(folder: Path) -> None:
     memory = compressed["memory"]["result"]
     assert memory["measured_bytes"] == memory["accounted_bytes"], "cache bytes are not as counted"
     texts = [text for s in compressed["samples"] for text in (s["source"], s["result"])]
-    assert texts and all(len(text.split()) > 5 for text in texts), "a sample is nearly empty"
+    assert len(texts) == 6 and all(len(text.split()) > 5 for text in texts), "a sample is empty"
+    recalled = [s["source"].strip().startswith("1184") for s in compressed["samples"]]
+    assert recalled[-1], "the source did not look up the code"
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page or "data:image/png" in page, "the report has no pictures"
     print(f"demo: equal-cache KL {exact['kl_mean']:.1e}; {share:.0f} % of the cache, KL {kl:.3f}")

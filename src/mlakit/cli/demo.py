@@ -9,6 +9,14 @@ from typing import Annotated
 
 import typer
 
+PROMPTS = (
+    "Once upon a time, there was a little",
+    "My fellow citizens, the year that has passed",
+    "The code of Anna is 7302.\nThe code of Tom is 1184.\nThe code of Ruth is 9915.\n"
+    "What is the code of Tom? The code of Tom is",
+)
+"""A story, a speech and something to look up: what the demo model was trained on."""
+
 
 def demo(
     output: Annotated[
@@ -54,6 +62,7 @@ def demo(
             report = evaluate(
                 str(source),
                 str(compressed),
+                prompts=PROMPTS,
                 command=f"mlakit demo --cache-ratio {cache_ratio}",
                 progress=progress,
             )
@@ -62,7 +71,8 @@ def demo(
     _step(console, "Before and after")
     for sample in report.samples:
         for label, text in (("source", sample.source), ("result", sample.result or "")):
-            typer.echo(f"[{label}] {sample.prompt.strip()} >>> {' '.join(text.split())}")
+            prompt = " ".join(sample.prompt.split())
+            typer.echo(f"[{label}] {prompt} >>> {' '.join(text.split())}")
     write_report(report, output)
     summary = {"equal_cache": found.model_dump(), "compressed": report.model_dump()}
     (output / "demo.json").write_text(json.dumps(summary, indent=1, default=str), encoding="utf-8")
