@@ -93,7 +93,7 @@ def draw(record: dict[str, Any]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.4), width_ratios=(1.15, 1))
     names = list(record["cached_bytes"])
     styles = (("mha", PALE, "as MHA"), ("own", OWN, "today"), ("latent", LATENT, "MLA 512 + 64"))
-    for offset, (key, colour, label) in zip((0.27, 0.0, -0.27), styles):
+    for offset, (key, colour, label) in zip((-0.27, 0.0, 0.27), styles):
         values = [record["cached_bytes"][name][key] / 1024 for name in names]
         places = [index + offset for index in range(len(names))]
         left.barh(places, values, height=0.25, color=colour, label=label)
