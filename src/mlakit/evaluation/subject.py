@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlakit.checkpoint import open_checkpoint
 from mlakit.errors import MlakitError, UsageError
-from mlakit.nn.hf import load
+from mlakit.nn.hf import load, register
 
 
 class Subject(NamedTuple):
@@ -54,6 +54,7 @@ def open_subject(
         return Subject(*model)
     checkpoint = open_checkpoint(model)
     path = checkpoint.download()
+    register()  # or transformers warns that it does not know a converted folder's config
     tokenizer = _open_tokenizer(path)
     loaded = load(path, dtype=dtype, device=device)
     return Subject(Path(model).name, loaded, tokenizer, checkpoint.fingerprint)
