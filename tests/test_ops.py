@@ -188,6 +188,7 @@ def test_scores_over_the_rope_columns_alone(name):
     rows = case.k_cache[case.block_table[1, 0].item(), :5, 0].double()
     scores = torch.einsum("hw,tw->ht", case.q[1, 0].double(), rows[:, 32:]) * case.softmax_scale
     want = torch.softmax(scores, -1) @ rows[:, :32]
+    # float32 arithmetic against float64, as at TOLERANCE
     torch.testing.assert_close(case.run(name)[0][1, 0].double(), want, atol=1e-5, rtol=1e-5)
 
 
@@ -200,6 +201,7 @@ def test_pages_side_by_side_equal_pages_apart(name):
     table[0, :38], table[1, :9] = torch.arange(38), torch.arange(38, 47)
     together = replace(case, k_cache=case.k_cache[pages], block_table=table)
     for got, want in zip(together.run(name), case.run(name)):
+        # float32 rounding: the same rows, perhaps summed in another order
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
@@ -214,6 +216,7 @@ def test_float64_is_computed_in_float64():
     case = problem([70, 9], 3, rank=20, rope=4)
     case = replace(case, q=case.q.double(), k_cache=case.k_cache.double())
     assert case.decode()[0].dtype == torch.float64
+    # float64 rounding, 2^-53, of some hundred products
     torch.testing.assert_close(case.decode()[0], case.run("reference")[0], atol=1e-14, rtol=1e-12)
 
 
