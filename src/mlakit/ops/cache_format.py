@@ -19,6 +19,7 @@ Scales are rounded up to what their dtype holds (fp8, model1: powers of two), so
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,6 +92,17 @@ class CacheFormat:
             raise UsageError(f"a {self.kind} cache has no groups; leave group at 0")
         if self.kind in QUANTISED and not self.group:
             object.__setattr__(self, "group", QUANTISED[self.kind].group)
+
+    @property
+    def name(self) -> str:
+        """All of it in a word, as ``fp8:512+64/128``; see ``parse``."""
+        return f"{self.kind}:{self.kv_lora_rank}+{self.qk_rope_head_dim}/{self.group}"
+
+    @classmethod
+    def parse(cls, name: str) -> CacheFormat:
+        """The format of a ``name``."""
+        kind, rank, rope, group = re.split("[:+/]", name)
+        return cls(kind, int(rank), int(rope), int(group))
 
     @property
     def width(self) -> int:
@@ -302,28 +314,6 @@ def plain_format(pages: Tensor, kv_lora_rank: int) -> CacheFormat:
     if not 1 <= kv_lora_rank <= row:
         raise UsageError(f"kv_lora_rank is {kv_lora_rank}; a cache row of {row} allows 1 to {row}")
     return CacheFormat(kinds[pages.dtype], kv_lora_rank, row - kv_lora_rank)
-
-
-class Selection(NamedTuple):
-    """Rows of a cache that queries attend to.
-
-    Attributes:
-        pages: the cache.
-        cache_format: its format.
-        slots: ``page * block_size + offset``, integers ``[B, S or 1, K]``; what is outside of the
-            cache, -1 for example, is left out.
-        counts: for each query, how many of its slots count, from the left, ``[B, S]``.
-    """
-
-    pages: Tensor
-    cache_format: CacheFormat
-    slots: Tensor
-    counts: Tensor
-
-    @property
-    def room(self) -> int:
-        """Rows in the cache."""
-        return self.pages.shape[0] * self.pages.shape[1]
 
 
 def slots_of(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:

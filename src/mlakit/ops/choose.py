@@ -1,19 +1,37 @@
-"""Which implementation of ``mla_decode`` runs where, and why.
+"""Which implementation of the operators runs where, and why.
 
-A new kernel is one file beside this one, one name here and one line in ``choose``.
+A new kernel is one file beside this one and one line in ``FILES``: it has ``decode(call)`` and,
+where it can, ``decode_selected(call)``, which return ``out [N, H, C]`` and ``lse [N, H]`` (and the
+largest score). ``choose`` takes the first of ``ORDER`` that can do what a call asks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from mlakit.errors import UsageError
+from mlakit.ops.call import DenseCall, SparseCall
 
-NAMES = ("cpu", "triton", "torch", "reference")
+FILES = {
+    "cpu": "cpu",
+    "gluon": "gluon_decode",
+    "triton": "triton_decode",
+    "flash_mla": "flash_mla_decode",
+    "torch": "torch_decode",
+    "reference": "reference",
+}
+ORDER = ("cpu", "gluon", "triton", "torch")
+REASONS = {
+    "cpu": "tensors on the CPU: chunks in float32, one sequence per thread",
+    "gluon": "512 + 64 on Hopper: two warpgroups and a producer, written in Gluon",
+    "triton": "tensors on a GPU: split sequences, compiled by Triton",
+}
 
 
 @dataclass(frozen=True)
@@ -24,60 +42,63 @@ class Choice:
     reason: str
 
 
-def choose(device: str, dtype: torch.dtype, override: str | None = None) -> Choice:
-    """Pick the implementation for tensors of one device type and dtype.
+def implementation(name: str) -> Any:
+    """The module of one of ``FILES``; imports it, and Triton where it needs Triton."""
+    return import_module(f"mlakit.ops.{FILES[name]}")
+
+
+def choose(call: DenseCall | SparseCall, override: str | None = None) -> Choice:
+    """Pick the implementation for a call; only shapes, dtypes and devices are read.
 
     Args:
-        device: torch's device type, ``cpu``, ``cuda`` ...
-        dtype: of q and the cache.
-        override: the value of the environment's ``MLAKIT_KERNEL``, if set: one of ``NAMES``.
+        call: what is to be computed.
+        override: the value of the environment's ``MLAKIT_KERNEL``, if set: one of ``FILES``.
 
     Raises:
         UsageError: if the override is unknown or cannot do this.
     """
-    why_not = {"cpu": _why_not_cpu(device, dtype), "triton": _why_not_triton(device, dtype)}
     if override:
-        if override not in NAMES:
+        if override not in FILES:
             raise UsageError(
                 f"MLAKIT_KERNEL is {override!r}, which is no implementation",
-                remedy=f"Set it to one of {', '.join(NAMES)}, or unset it.",
+                remedy=f"Set it to one of {', '.join(FILES)}, or unset it.",
             )
-        if why_not.get(override):
+        reason = why_not(override, call)
+        if reason:
             raise UsageError(
-                f"MLAKIT_KERNEL is {override!r}, which cannot run {dtype} on {device}: "
-                f"{why_not[override]}",
+                f"MLAKIT_KERNEL is {override!r}, which cannot run this call: {reason}",
                 remedy="Unset MLAKIT_KERNEL, or set it to 'torch'.",
             )
         return Choice(override, "asked for by MLAKIT_KERNEL")
-    if not why_not["cpu"]:
-        return Choice("cpu", "tensors on the CPU: chunks in float32, one sequence per thread")
-    if not why_not["triton"]:
-        return Choice("triton", "tensors on a GPU: split sequences, compiled by Triton")
-    if dtype == torch.float64:
-        return Choice("torch", "float64: plain torch computes in full precision")
-    return Choice("torch", f"plain torch in float32; no kernel of ours: {why_not['triton']}")
+    reasons = {name: why_not(name, call) for name in ORDER}
+    name = next(name for name in ORDER if not reasons[name])
+    if name != "torch":
+        return Choice(name, REASONS[name])
+    if call.q.dtype == torch.float64:
+        return Choice(name, "float64: plain torch computes in full precision")
+    return Choice(name, f"plain torch in float32; no kernel of ours: {reasons['triton']}")
 
 
-def _why_not_cpu(device: str, dtype: torch.dtype) -> str:
-    """Why the CPU path cannot run; empty if it can."""
-    if device != "cpu":
+def why_not(name: str, call: DenseCall | SparseCall) -> str:
+    """Why an implementation cannot run a call; empty if it can."""
+    if name in ("torch", "reference"):
+        return ""
+    device, dtype = call.q.device.type, call.q.dtype
+    if name == "cpu" and device != "cpu":
         return "it is for tensors on the CPU"
-    return "it computes in float32" if dtype == torch.float64 else ""
-
-
-def _why_not_triton(device: str, dtype: torch.dtype) -> str:
-    """Why the Triton path cannot run; empty if it can. An AMD GPU is called ``cuda`` too."""
-    if device != "cuda":
-        return f"Triton has none for {device}"
+    if name != "cpu" and device != "cuda":  # an AMD GPU is called cuda too
+        return f"it is for tensors on a GPU, not on {device}"
     if dtype == torch.float64:
         return "it computes in float32"
-    return _why_no_triton_here()
+    if name == "cpu":
+        return ""
+    if name != "flash_mla" and find_spec("triton") is None:
+        return "Triton is not installed"
+    if _capability(call.q.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return str(implementation(name).why_not(call))
 
 
 @cache
-def _why_no_triton_here() -> str:
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    return ""
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -10,7 +10,7 @@ for ``exp``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from mlakit.errors import UsageError
-from mlakit.ops.cache_format import CacheFormat, Selection
+from mlakit.ops.cache_format import CacheFormat
+from mlakit.ops.call import DenseCall, Selection, SparseCall
 
 CHUNK = 512
 """Tokens per chunk: 1.2 MB of float32 at 576 columns."""
@@ -27,127 +28,84 @@ CHUNK = 512
 THREAD_FLOPS = 1e8
 """Work that pays for a Python thread, about 1 ms of one core."""
 
+LOWEST = -1e30
+"""Stands for a largest score where there is none, without being infinite."""
 
-def decode(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    kv_lora_rank: int,
-    softmax_scale: float,
-    causal: bool,
-    cache_format: CacheFormat | None = None,
-) -> tuple[Tensor, Tensor]:
+
+def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
     """``mla_decode`` for CPU tensors of at most 32 bits, computed in float32.
 
-    Args:
-        q: as in ``mla_decode``, and so are the others.
-        k_cache: pages; of ``cache_format`` if that is given.
-        block_table: page numbers.
-        cache_seqlens: tokens visible.
-        kv_lora_rank: columns of a row that are its value.
-        softmax_scale: factor on the scores.
-        causal: whether a query sees no later key.
-        cache_format: of quantised pages; None for numbers in q's dtype.
-
     Raises:
-        UsageError: if a length or a page number points outside of the table or the cache.
+        UsageError: if a length or a page number points outside of the table or the cache, or
+            ``cu_seqlens_q`` does not divide the queries.
     """
-    batch, queries, heads, width = q.shape
-    flops = 2 * queries * heads * (width + kv_lora_rank) * int(cache_seqlens.sum())
-    threads = min(torch.get_num_threads(), batch, int(flops / THREAD_FLOPS))
-    args = (q, k_cache, block_table, cache_seqlens, kv_lora_rank, softmax_scale, causal)
-    with _one_torch_thread() if threads > 1 else nullcontext():
-        return _decode(*args, cache_format, threads=threads)
-
-
-def decode_selected(
-    q: Tensor, selections: Sequence[Selection], kv_lora_rank: int, softmax_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each query's attention to its own selected rows, in float32.
-
-    Args:
-        q: ``[B, S, H, W]``, at most 32 bits; meets the last W columns of a row.
-        selections: caches and the rows in them, attended to as one.
-        kv_lora_rank: columns of a row that are its value, from the left.
-        softmax_scale: factor on the scores.
-
-    Returns:
-        ``out [B, S, H, kv_lora_rank]``, ``lse`` and the largest score, ``[B, S, H]``; 0, +inf and
-        -inf where a query has no row.
-    """
-    batch, queries, heads, width = q.shape
-    scaled = q.detach().float().flatten(0, 1) * (softmax_scale / math.log(2.0))
-    out = scaled.new_zeros(batch * queries, heads, kv_lora_rank)
-    lse = scaled.new_full((batch * queries, heads, 1), math.inf)
-    peak = scaled.new_full((batch * queries, heads, 1), -math.inf)
-
-    def attend(job: int) -> None:
-        b, s = divmod(job, queries)
-        chunks = chain.from_iterable(_selected_rows(selection, b, s) for selection in selections)
-        _attend(scaled[job], chunks, None, out[job], lse[job], peak[job])
-
-    rows = batch * queries * sum(selection.slots.shape[2] for selection in selections)
-    flops = 2 * heads * (width + kv_lora_rank) * rows
-    threads = min(torch.get_num_threads(), batch * queries, int(flops / THREAD_FLOPS))
-    with _one_torch_thread() if threads > 1 else nullcontext():
-        _run(attend, list(range(batch * queries)), threads)
-    shape = (batch, queries, heads)
-    return out.view(*shape, kv_lora_rank), lse.view(shape), peak.mul_(math.log(2.0)).view(shape)
-
-
-def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    kv_lora_rank: int,
-    softmax_scale: float,
-    causal: bool,
-    cache_format: CacheFormat | None,
-    *,
-    threads: int,
-) -> tuple[Tensor, Tensor]:
-    """``decode`` on a number of Python threads."""
-    batch, queries, heads, _ = q.shape
-    dtype = q.dtype
-    kv_heads = k_cache.shape[2]
-    group = heads // kv_heads
-    q = q.detach().unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(2, 3).float()
-    q = q * (softmax_scale / math.log(2.0))  # [B, G, S * group, W]; scores in base 2
-    out = q.new_zeros(*q.shape[:3], kv_lora_rank)
+    heads, width = call.q.shape[1:]
+    kv_heads = call.k_cache.shape[2]
+    q = _scaled(call.q, call.softmax_scale, call.soft_cap).unflatten(1, (kv_heads, -1))
+    q = q.transpose(0, 1).contiguous()  # [G, N, H / G, W]
+    out = q.new_zeros(*q.shape[:3], call.kv_lora_rank)
     lse = q.new_full((*q.shape[:3], 1), math.inf)
-    pages = _used_pages(k_cache, block_table, cache_seqlens)
-    lengths = cache_seqlens.tolist()
+    pages = _used_pages(call.k_cache, call.block_table, call.cache_seqlens)
+    lengths, starts = call.cache_seqlens.tolist(), call.query_starts()
 
     def attend(sequence: int) -> None:
+        start, stop = starts[sequence : sequence + 2]
         length = lengths[sequence]
-        seeing = _seeing(queries, length, causal)
-        visible = None
-        if causal and seeing > 1:  # keys each row sees, in the rows' order
-            visible = torch.arange(length - seeing + 1, length + 1)
-            visible = visible.repeat_interleave(group).unsqueeze(1)
-        rows = slice((queries - seeing) * group, None)
-        for g in range(kv_heads if seeing else 0):
-            if cache_format is None:
-                chunks = _chunks(k_cache.detach()[:, :, g], pages[sequence], length)
-            else:
-                slots = _slots(pages[sequence], k_cache.shape[1], length)
-                chunks = _stored_rows(k_cache.detach(), cache_format, slots)
-            at = (sequence, g, rows)
-            _attend(q[at], chunks, visible, out[at], lse[at])
+        start = max(start, stop - length) if call.causal else start  # the first that sees a key
+        if start == stop or not length:
+            return
+        first, visible = _visible(call, stop - start, length, heads // kv_heads)
+        for g in range(kv_heads):
+            at = (g, slice(start, stop))
+            chunks = _chunks(call, g, pages[sequence], first, length)
+            rows, outs, levels = (x[at].flatten(0, 1) for x in (q, out, lse))
+            _attend(rows, outs, levels, chunks, visible, first, call.soft_cap)
 
-    _run(attend, sorted(range(batch), key=lambda sequence: -lengths[sequence]), threads)
-    out = out.unflatten(2, (queries, group)).transpose(1, 2).flatten(2, 3)
-    lse = lse.view(batch, kv_heads, queries, group).transpose(2, 3).flatten(1, 2)
-    return out.to(dtype), lse
+    flops = 2 * heads * (width + call.kv_lora_rank)
+    flops *= sum((starts[b + 1] - starts[b]) * length for b, length in enumerate(lengths))
+    longest_first = sorted(range(call.batch_size), key=lambda sequence: -lengths[sequence])
+    _run(attend, longest_first, flops, one_thread=call.batch_invariant)
+    return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1)
 
 
-def _seeing(queries: int, length: int, causal: bool) -> int:
-    """How many of the S queries, counted from the last, see any key."""
-    if causal:
-        return min(queries, length)
-    return queries if length else 0
+def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
+    """``mla_sparse_decode`` for CPU tensors of at most 32 bits, and the largest score."""
+    queries, heads, width = call.q.shape
+    q = _scaled(call.q, call.softmax_scale, 0.0)
+    out = q.new_zeros(queries, heads, call.kv_lora_rank)
+    lse = q.new_full((queries, heads, 1), math.inf)
+    top = q.new_full((queries, heads, 1), -math.inf)
+
+    def attend(n: int) -> None:
+        chunks = chain.from_iterable(_selected_rows(selection, n) for selection in call.selections)
+        _attend(q[n], out[n], lse[n], chunks, top=top[n])
+
+    rows = sum(selection.slots.shape[1] for selection in call.selections)
+    flops = 2 * queries * heads * (width + call.kv_lora_rank) * rows
+    _run(attend, list(range(queries)), flops, one_thread=call.batch_invariant)
+    return out, lse[..., 0], top[..., 0]
+
+
+def _scaled(q: Tensor, softmax_scale: float, soft_cap: float) -> Tensor:
+    """Queries in float32 whose products with keys are scores in base 2, or in units of the cap."""
+    return q.detach().float() * (softmax_scale / (soft_cap or math.log(2.0)))
+
+
+def _visible(
+    call: DenseCall, queries: int, length: int, group: int
+) -> tuple[int, tuple[Tensor, Tensor] | None]:
+    """Which keys the last ``queries`` of a sequence see.
+
+    Returns:
+        The first key that any of them sees and, where they do not all see the same, each row's
+        first and the one after its last, ``[rows, 1]``, in the rows' order.
+    """
+    if not call.causal or (queries == 1 and not call.sliding_window):
+        return 0, None
+    stop = torch.arange(length - queries + 1, length + 1).repeat_interleave(group).unsqueeze(1)
+    begin = stop - (call.sliding_window or length)
+    first = max(0, length - queries + 1 - (call.sliding_window or length))
+    return first, (None if queries == 1 else (begin, stop))
 
 
 def _used_pages(k_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> list[list[int]]:
@@ -170,40 +128,48 @@ def _used_pages(k_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> 
     return used
 
 
-def _chunks(cache: Tensor, pages: list[int], length: int) -> Iterator[Tensor]:
+def _chunks(
+    call: DenseCall, kv_head: int, pages: list[int], first: int, length: int
+) -> Iterator[Tensor]:
     """Cut one sequence's rows into float32 pieces ``[tokens, row]``, each valid until the next.
 
     Args:
-        cache: pages of one kv head ``[num_blocks, P, row]``.
+        call: whose cache is read.
+        kv_head: whose rows.
         pages: the sequence's page numbers.
-        length: tokens in them; rows after the last are not read.
+        first: the first token; rows before it are not read, and neither are those ...
+        length: ... from the sequence's end on.
     """
-    block_size, row = cache.shape[1:]
+    cache, block_size = call.k_cache.detach(), call.k_cache.shape[1]
+    if call.cache_format is not None:
+        starts = torch.tensor(pages).mul_(block_size)
+        slots = (starts[:, None] + torch.arange(block_size)).flatten()[first:length]
+        yield from _stored_rows(cache, call.cache_format, slots)
+        return
+    cache = cache[:, :, kv_head]
     step = max(1, CHUNK // block_size)
-    buffer = torch.empty(min(step * block_size, length), row)
-    for first in range(0, len(pages), step):
-        some = pages[first : first + step]
-        tokens = min(len(some) * block_size, length - first * block_size)
-        if some == list(range(some[0], some[0] + len(some))):
-            rows = cache[some[0] : some[0] + len(some)].flatten(0, 1)[:tokens]
-            yield rows if rows.dtype == buffer.dtype else buffer[:tokens].copy_(rows)
+    skipped = first // block_size
+    buffer = torch.empty(min(step * block_size, length), call.row)
+    for column in range(skipped, len(pages), step):
+        some = pages[column : column + step]
+        tokens = min(len(some) * block_size, length - column * block_size)
+        begin = max(0, first - column * block_size)
+        aside = some == list(range(some[0], some[0] + len(some)))
+        if aside and not call.batch_invariant:  # where rows lie may change how a GEMM sums
+            rows = cache[some[0] : some[0] + len(some)].flatten(0, 1)[begin:tokens]
+            yield rows if rows.dtype == buffer.dtype else buffer[begin:tokens].copy_(rows)
             continue
         for start, page in zip(range(0, tokens, block_size), some):
             stop = min(tokens, start + block_size)
-            buffer[start:stop].copy_(cache[page, : stop - start])
-        yield buffer[:tokens]
+            start, offset = max(start, begin), max(0, begin - start)
+            if start < stop:
+                buffer[start:stop].copy_(cache[page, offset : offset + stop - start])
+        yield buffer[begin:tokens]
 
 
-def _slots(pages: list[int], block_size: int, length: int) -> Tensor:
-    """Where the tokens of one sequence lie, ``page * block_size + offset``, ``[length]``."""
-    starts = torch.tensor(pages).mul_(block_size)
-    return (starts[:, None] + torch.arange(block_size)).flatten()[:length]
-
-
-def _selected_rows(selection: Selection, b: int, s: int) -> Iterator[Tensor]:
+def _selected_rows(selection: Selection, n: int) -> Iterator[Tensor]:
     """The rows that one query attends to, in float32 pieces."""
-    slots = selection.slots[b, min(s, selection.slots.shape[1] - 1)]
-    slots = slots[: max(0, int(selection.counts[b, s]))]
+    slots = selection.slots[n, : max(0, int(selection.counts[n]))]
     slots = slots[(slots >= 0) & (slots < selection.room)]
     return _stored_rows(selection.pages.detach(), selection.cache_format, slots)
 
@@ -218,10 +184,12 @@ def _stored_rows(pages: Tensor, cache_format: CacheFormat, slots: Tensor) -> Ite
 
 def _attend(
     q: Tensor,
-    chunks: Iterator[Tensor],
-    visible: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    chunks: Iterator[Tensor],
+    visible: tuple[Tensor, Tensor] | None = None,
+    first: int = 0,
+    soft_cap: float = 0.0,
     top: Tensor | None = None,
 ) -> None:
     """Online softmax over the chunks of one sequence and kv head; fills ``out`` and ``lse``.
@@ -229,23 +197,30 @@ def _attend(
     Without any chunk it leaves them as they are.
 
     Args:
-        q: scaled queries ``[rows, W]``, every one of which sees the first key.
-        chunks: float32 cache rows ``[tokens, row]``, in order.
-        visible: keys each row sees ``[rows, 1]``, rising; None for all.
+        q: scaled queries ``[rows, W]``, every one of which sees some key.
         out: ``[rows, C]``, float32.
         lse: ``[rows, 1]``, float32.
-        top: gets each row's largest score, in base 2, ``[rows, 1]``, float32.
+        chunks: float32 cache rows ``[tokens, row]``, in order.
+        visible: first key each row sees and the one after its last; None for all.
+        first: number of the first key in the chunks.
+        soft_cap: as in DenseCall.
+        top: gets each row's largest score, ``[rows, 1]``, float32.
     """
     width, rank = q.shape[1], out.shape[1]
     peak = total = torch.empty(0)
-    start = 0
+    start = first
     for rows in chunks:
         stop = start + rows.shape[0]
         scores = torch.mm(q, rows[:, rows.shape[1] - width :].T)
-        if visible is not None and stop > visible[0]:
-            scores.masked_fill_(torch.arange(start, stop) >= visible, -math.inf)
+        if soft_cap:
+            scores.tanh_().mul_(soft_cap / math.log(2.0))
+        if visible is not None:
+            key = torch.arange(start, stop)
+            scores.masked_fill_((key < visible[0]) | (key >= visible[1]), -math.inf)
         new_peak = scores.amax(1, keepdim=True)
-        if start == 0:
+        if visible is not None:  # a row may see nothing of this chunk
+            new_peak.clamp_min_(LOWEST)
+        if start == first:
             weights = scores.sub_(new_peak).exp2_()
             total = weights.sum(1, keepdim=True)
             torch.mm(weights, rows[:, :rank], out=out)
@@ -256,24 +231,32 @@ def _attend(
             total.mul_(rescale).add_(weights.sum(1, keepdim=True))
             out.mul_(rescale).addmm_(weights, rows[:, :rank])
         peak, start = new_peak, stop
-    if start == 0:
+    if start == first:
         return
     if top is not None:
-        top.copy_(peak)
+        torch.mul(peak, math.log(2.0), out=top)
     out.div_(total)
     torch.mul(peak.add_(total.log2_()), math.log(2.0), out=lse)
 
 
-def _run(task: Callable[[int], None], jobs: list[int], threads: int) -> None:
-    """Do the jobs, one torch thread each on several Python threads where ``threads`` is above 1.
+def _run(task: Callable[[int], None], jobs: list[int], flops: int, *, one_thread: bool) -> None:
+    """Do the jobs, one torch thread each on several Python threads where their work pays for them.
 
     Torch lets go of the interpreter lock inside its operators, so sequences run side by side
     without the barrier that several torch threads on one small product wait at (on a busy machine
     it costs far more than the product).
+
+    Args:
+        task: what to do, once for each of the jobs.
+        jobs: its arguments.
+        flops: work in all of them.
+        one_thread: each job on one torch thread, however few there are.
     """
+    threads = min(torch.get_num_threads(), len(jobs), int(flops / THREAD_FLOPS))
     if threads < 2:
-        for job in jobs:
-            task(job)
+        with _one_torch_thread() if one_thread else nullcontext():
+            for job in jobs:
+                task(job)
         return
     inference = torch.is_inference_mode_enabled()
 
@@ -281,7 +264,8 @@ def _run(task: Callable[[int], None], jobs: list[int], threads: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():
             task(job)
 
-    with ThreadPoolExecutor(threads, "mla", torch.set_num_threads, (1,)) as pool:
+    pool = ThreadPoolExecutor(threads, "mla", torch.set_num_threads, (1,))
+    with _one_torch_thread(), pool:
         list(pool.map(alone, jobs))
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from mlakit.errors import UsageError
 from mlakit.ops.cache_format import CacheFormat
 from mlakit.ops.decode import mla_decode
-from mlakit.ops.quantised_decode import mla_quantised_decode
 from mlakit.ops.sparse import mla_sparse_decode
 
 TILE_ROWS = 64
@@ -184,13 +183,9 @@ def flash_mla_with_kvcache(
             raise UsageError(f"{name} is for sparse attention and indices is None")
     if block_table is None or cache_seqlens is None:
         raise UsageError("block_table and cache_seqlens may be None only beside indices")
-    if cache_format is None:
-        return mla_decode(
-            q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale=scale, causal=causal
-        )
-    return mla_quantised_decode(
-        q, k_cache, cache_format, block_table, cache_seqlens, head_dim_v, softmax_scale=scale,
-        causal=causal,
+    return mla_decode(
+        q, k_cache, block_table, cache_seqlens, head_dim_v, softmax_scale=scale, causal=causal,
+        cache_format=cache_format,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Readable truth: attention over a latent cache written as the papers write it, one loop a line.
 
-Everything here is slow on purpose. The fast paths are tested against ``reference_decode``; the
-two functions below it spell out the pseudocode that FlashMLA is explained with.
+Everything here is slow on purpose. The fast paths are tested against ``decode`` and
+``decode_selected``; the two functions below them spell out the pseudocode that FlashMLA is
+explained with.
 """
 
 from __future__ import annotations
@@ -11,53 +12,74 @@ import math
 import torch
 from torch import Tensor
 
+from mlakit.ops.call import DenseCall, SparseCall
 
-def reference_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    kv_lora_rank: int,
-    softmax_scale: float,
-    causal: bool = True,
-    *,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
-    """Absorbed MLA decode over a paged cache, computed naively; shapes as in ``mla_decode``.
+
+def decode(call: DenseCall, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """``mla_decode`` computed naively, one query of one head at a time.
 
     Args:
-        q: absorbed queries ``[B, S, H, W]``; they meet the last W columns of a cache row.
-        k_cache: pages ``[num_blocks, P, G, row]``; head h reads kv head ``h // (H / G)``.
-        block_table: int32 ``[B, max_blocks]``.
-        cache_seqlens: int32 ``[B]``.
-        kv_lora_rank: columns of a row that are its value, from the left.
-        softmax_scale: factor on the scores.
-        causal: query i sees keys before ``seqlen - (S - 1 - i)``.
+        call: what is to be computed.
         dtype: precision of the computation and of the result.
 
     Returns:
-        ``out [B, S, H, kv_lora_rank]`` and ``lse [B, H, S]`` (natural logarithm), both in
-        ``dtype``; a row that sees no key has out 0 and lse +inf.
+        ``out [N, H, kv_lora_rank]`` and ``lse [N, H]`` (natural logarithm), both in ``dtype``; a
+        row that sees no key has out 0 and lse +inf.
     """
-    batch, queries, heads, width = q.shape
-    block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
-    out = torch.zeros(batch, queries, heads, kv_lora_rank, dtype=dtype, device=q.device)
-    lse = torch.full((batch, heads, queries), math.inf, dtype=dtype, device=q.device)
-    for b in range(batch):
-        length = int(cache_seqlens[b])
-        pages = block_table[b, : math.ceil(length / block_size)].long()
-        rows = k_cache[pages].flatten(0, 1)[:length].to(dtype)  # [length, G, row]
-        for s in range(queries):
-            visible = length - (queries - 1 - s) if causal else length
-            if visible <= 0:
+    queries, heads, width = call.q.shape
+    group = heads // call.k_cache.shape[2]
+    out = torch.zeros(queries, heads, call.kv_lora_rank, dtype=dtype, device=call.q.device)
+    lse = torch.full((queries, heads), math.inf, dtype=dtype, device=call.q.device)
+    starts = call.query_starts()
+    for b, length in enumerate(call.cache_seqlens.tolist()):
+        rows = _rows(call, b, length, dtype)
+        for n in range(starts[b], starts[b + 1]):
+            stop = length - (starts[b + 1] - 1 - n) if call.causal else length
+            first = max(0, stop - call.sliding_window) if call.sliding_window else 0
+            if stop <= 0:
                 continue
             for h in range(heads):
-                row = rows[:visible, h // (heads // kv_heads)]
-                key, value = row[:, row.shape[1] - width :], row[:, :kv_lora_rank]
-                scores = key @ q[b, s, h].to(dtype) * softmax_scale
-                out[b, s, h] = torch.softmax(scores, dim=0) @ value
-                lse[b, h, s] = torch.logsumexp(scores, dim=0)
+                row = rows[first:stop, h // group]
+                scores = row[:, row.shape[1] - width :] @ call.q[n, h].to(dtype)
+                scores = scores * call.softmax_scale
+                if call.soft_cap:
+                    scores = call.soft_cap * torch.tanh(scores / call.soft_cap)
+                out[n, h] = torch.softmax(scores, dim=0) @ row[:, : call.kv_lora_rank]
+                lse[n, h] = torch.logsumexp(scores, dim=0)
     return out, lse
+
+
+def decode_selected(
+    call: SparseCall, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mla_sparse_decode`` computed naively, without the sink; also the largest score."""
+    queries, heads, width = call.q.shape
+    out = torch.zeros(queries, heads, call.kv_lora_rank, dtype=dtype, device=call.q.device)
+    lse = torch.full((queries, heads), math.inf, dtype=dtype, device=call.q.device)
+    top = torch.full((queries, heads), -math.inf, dtype=dtype, device=call.q.device)
+    for n in range(queries):
+        parts = []
+        for pages, cache_format, slots, counts in call.selections:
+            room = pages.shape[0] * pages.shape[1]
+            some = slots[n, : max(0, int(counts[n]))]
+            parts.append(cache_format.read(pages, some[(some >= 0) & (some < room)], dtype))
+        rows = torch.cat(parts)
+        if not len(rows):
+            continue
+        scores = call.q[n].to(dtype) @ rows[:, rows.shape[1] - width :].T * call.softmax_scale
+        out[n] = torch.softmax(scores, dim=1) @ rows[:, : call.kv_lora_rank]
+        lse[n], top[n] = torch.logsumexp(scores, dim=1), scores.amax(dim=1)
+    return out, lse, top
+
+
+def _rows(call: DenseCall, b: int, length: int, dtype: torch.dtype) -> Tensor:
+    """The cache rows of sequence b, ``[length, G, row]``."""
+    block_size = call.k_cache.shape[1]
+    pages = call.block_table[b, : math.ceil(length / block_size)].long()
+    if call.cache_format is None:
+        return call.k_cache[pages].flatten(0, 1)[:length].to(dtype)
+    slots = pages[:, None] * block_size + torch.arange(block_size, device=pages.device)
+    return call.cache_format.read(call.k_cache, slots.flatten()[:length], dtype)[:, None]
 
 
 def online_softmax_attention(

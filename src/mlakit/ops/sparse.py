@@ -7,14 +7,16 @@ values that are not paged. Any head count, page size, rank and cache format.
 from __future__ import annotations
 
 import math
+import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlakit.errors import UsageError
-from mlakit.ops import cpu, sparse_torch
-from mlakit.ops.cache_format import CacheFormat, Selection, plain_format
-from mlakit.ops.check import check_stored, check_vector
+from mlakit.ops.cache_format import CacheFormat
+from mlakit.ops.call import Selection, SparseCall, check_vector, selection
+from mlakit.ops.choose import choose, implementation
 
 
 def mla_sparse_decode(
@@ -30,6 +32,7 @@ def mla_sparse_decode(
     extra_k_cache: Tensor | None = None,
     extra_indices: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Absorbed MLA attention of every query to its own selection of cache rows.
 
@@ -49,6 +52,7 @@ def mla_sparse_decode(
         extra_k_cache: a second cache attended to together with the first; its page size is its own.
         extra_indices: rows in it, int32 ``[B, S, extra_topk]``.
         extra_topk_length: as ``topk_length``, for ``extra_indices``.
+        batch_invariant: a query's result does not depend on its neighbours, bit for bit.
 
     Returns:
         ``out [B, S, H, kv_lora_rank]`` in q's dtype, ``lse`` and the largest score, float32
@@ -58,21 +62,27 @@ def mla_sparse_decode(
     Raises:
         UsageError: if shapes, dtypes or devices do not fit.
     """
-    fmt = cache_format or plain_format(k_cache, kv_lora_rank)
-    _check(q, k_cache, indices, topk_length, fmt, kv_lora_rank, "")
+    first = selection(q, k_cache, indices, topk_length, cache_format, kv_lora_rank)
+    second: tuple[Tensor | None, ...] = (None, None, None)
     if (extra_k_cache is None) != (extra_indices is None):
         raise UsageError("an extra cache and indices into it come together; one of them is missing")
     if extra_k_cache is not None and extra_indices is not None:
-        _check(q, extra_k_cache, extra_indices, extra_topk_length, fmt, kv_lora_rank, "extra_")
+        fmt = first.cache_format
+        extra = selection(
+            q, extra_k_cache, extra_indices, extra_topk_length, fmt, kv_lora_rank, "extra_"
+        )
+        second = (extra.pages, extra.slots, extra.counts)
     elif extra_topk_length is not None:
         raise UsageError("extra_topk_length is given without an extra cache")
     if attn_sink is not None:
         check_vector("attn_sink", attn_sink, q, [(q.shape[2],)], torch.float32)
-    return _sparse(
-        q, k_cache, indices, kv_lora_rank, float(softmax_scale), fmt.kind, fmt.kv_lora_rank,
-        fmt.qk_rope_head_dim, fmt.group, topk_length, attn_sink, extra_k_cache, extra_indices,
-        extra_topk_length,
+    out, *levels = _sparse(
+        q.flatten(0, 1), first.pages, first.slots, first.counts, *second, kv_lora_rank,
+        float(softmax_scale), attn_sink, first.cache_format.name, bool(batch_invariant),
     )  # fmt: skip
+    batch, queries, heads = q.shape[:3]
+    lse, top = (x.view(batch, queries, heads).transpose(1, 2).contiguous() for x in levels)
+    return out.view(batch, queries, heads, kv_lora_rank), lse, top
 
 
 def flash_mla_sparse_fwd(
@@ -117,89 +127,39 @@ def flash_mla_sparse_fwd(
     return out[0], top[0].T.contiguous(), lse[0].T.contiguous()
 
 
-@torch.library.custom_op("mlakit::mla_sparse_decode", mutates_args=())
-def _sparse(
+def _run(
     q: Tensor,
-    k_cache: Tensor,
-    indices: Tensor,
+    pages: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    extra_pages: Tensor | None,
+    extra_slots: Tensor | None,
+    extra_counts: Tensor | None,
     kv_lora_rank: int,
     softmax_scale: float,
-    kind: str,
-    format_rank: int,
-    format_rope: int,
-    group: int,
-    topk_length: Tensor | None,
     attn_sink: Tensor | None,
-    extra_k_cache: Tensor | None,
-    extra_indices: Tensor | None,
-    extra_topk_length: Tensor | None,
+    cache_format: str,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fmt = CacheFormat(kind, format_rank, format_rope, group)
-    selections = [Selection(k_cache, fmt, indices, _counts(indices, topk_length))]
-    if extra_k_cache is not None and extra_indices is not None:
-        counts = _counts(extra_indices, extra_topk_length)
-        selections.append(Selection(extra_k_cache, fmt, extra_indices, counts))
-    on_cpu = q.device.type == "cpu" and q.dtype != torch.float64
-    decode = cpu.decode_selected if on_cpu else sparse_torch.decode_selected
+    fmt = CacheFormat.parse(cache_format)
+    selections = [Selection(pages, fmt, slots, counts)]
+    if extra_pages is not None and extra_slots is not None and extra_counts is not None:
+        selections.append(Selection(extra_pages, fmt, extra_slots, extra_counts))
+    call = SparseCall(q, tuple(selections), kv_lora_rank, softmax_scale, batch_invariant)
+    choice = choose(call, os.environ.get("MLAKIT_KERNEL"))
     with torch.autocast(q.device.type, enabled=False):
-        out, lse, top = decode(q, selections, kv_lora_rank, softmax_scale)
+        out, lse, top = implementation(choice.name).decode_selected(call)
         if attn_sink is not None:  # exp(lse) / (exp(lse) + exp(sink)); without a row out is 0
             share = torch.sigmoid(lse - attn_sink).masked_fill(lse == math.inf, 1)
             out = out * share[..., None]
-    return (
-        out.to(q.dtype).contiguous(),
-        lse.float().transpose(1, 2).contiguous(),
-        top.float().transpose(1, 2).contiguous(),
-    )
+    return out.to(q.dtype).contiguous(), lse.float().contiguous(), top.float().contiguous()
+
+
+# Queries packed, [N, H, W]; out [N, H, C], lse and the largest score [N, H].
+_sparse = torch.library.custom_op("mlakit::mla_sparse_decode", _run, mutates_args=())
 
 
 @_sparse.register_fake
-def _(
-    q: Tensor,
-    k_cache: Tensor,
-    indices: Tensor,
-    kv_lora_rank: int,
-    softmax_scale: float,
-    kind: str,
-    format_rank: int,
-    format_rope: int,
-    group: int,
-    topk_length: Tensor | None,
-    attn_sink: Tensor | None,
-    extra_k_cache: Tensor | None,
-    extra_indices: Tensor | None,
-    extra_topk_length: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, queries, heads, _ = q.shape
-    row = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    return q.new_empty(batch, queries, heads, kv_lora_rank), row, torch.empty_like(row)
-
-
-def _counts(indices: Tensor, length: Tensor | None) -> Tensor:
-    """How many indices of each query count, ``[B, S]``."""
-    batch, queries, topk = indices.shape
-    if length is None:
-        return indices.new_full((batch, queries), topk)
-    return length if length.dim() == 2 else length[:, None].expand(batch, queries)
-
-
-def _check(
-    q: Tensor,
-    pages: Tensor,
-    indices: Tensor,
-    topk_length: Tensor | None,
-    cache_format: CacheFormat,
-    kv_lora_rank: int,
-    prefix: str,
-) -> None:
-    check_stored(q, pages, cache_format, kv_lora_rank, f"{prefix}k_cache")
-    batch, queries = q.shape[:2]
-    if indices.dim() != 3:
-        raise UsageError(
-            f"{prefix}indices has shape {list(indices.shape)}; it should be [B, S, topk]"
-        )
-    name = f"{prefix}indices"
-    check_vector(name, indices, q, [(batch, queries, indices.shape[2])], torch.int32)
-    if topk_length is not None:
-        shapes = [(batch,), (batch, queries)]
-        check_vector(f"{prefix}topk_length", topk_length, q, shapes, torch.int32)
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    row = q.new_empty(q.shape[:2], dtype=torch.float32)
+    return q.new_empty(*q.shape[:2], rest[6]), row, torch.empty_like(row)

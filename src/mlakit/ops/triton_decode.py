@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mlakit.ops.call import DenseCall, SparseCall
 from mlakit.ops.triton_kernels import attend, combine, plan
 
 WAVES = 2
@@ -59,26 +60,30 @@ class Tile:
     stages: int
 
 
-def decode(
-    q: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    kv_lora_rank: int,
-    softmax_scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
+def why_not(call: DenseCall | SparseCall) -> str:
+    """Why these kernels cannot run a call; empty if they can."""
+    if isinstance(call, SparseCall):
+        return "it has no sparse attention"
+    if call.cache_format or call.sliding_window or call.soft_cap or call.batch_invariant:
+        return "it has no quantised caches, windows, caps and batch invariance"
+    return "it has no ragged queries" if call.cu_seqlens_q is not None else ""
+
+
+def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
     """``mla_decode`` for tensors of at most 32 bits, summed in float32.
 
     A length above what the table has room for counts as all of it.
     """
-    batch, queries, heads, width = q.shape
+    batch, queries, kv_lora_rank = call.batch_size, call.max_seqlen_q, call.kv_lora_rank
+    block_table, cache_seqlens = call.block_table, call.cache_seqlens
+    softmax_scale, causal = call.softmax_scale, call.causal
+    q, k_cache = call.q.detach().unflatten(0, (batch, queries)), call.k_cache.detach()
+    heads, width = q.shape[2:]
     block_size, kv_heads, row = k_cache.shape[1:]
-    q, k_cache = q.detach(), k_cache.detach()
     out = q.new_empty(batch, queries, heads, kv_lora_rank)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     if not batch * queries:
-        return out, lse
+        return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
     group = heads // kv_heads
     target, processors = _device(q.device)
     aligned = not any(n % 16 for n in (k_cache.data_ptr(), *k_cache.stride()[:3]))
@@ -111,7 +116,7 @@ def decode(
             out, lse, partial_out, partial_lse, first, queries, heads, group,
             RANK=kv_lora_rank, COLUMNS=triton.next_power_of_2(kv_lora_rank), ITEMS=COMBINE_ITEMS,
         )  # fmt: skip
-    return out, lse
+    return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
 
 
 def _device(device: torch.device) -> tuple[str, int]:
