@@ -1,8 +1,4 @@
-"""Every implementation of mla_decode against float64, and FlashMLA's interface on top of it.
-
-Unused cache rows hold NaN and unused table entries hold a page number that no cache has, so a
-test that passes has touched neither.
-"""
+"""Every implementation of mla_decode against float64, and FlashMLA's interface on top of it."""
 
 from __future__ import annotations
 
@@ -11,111 +7,29 @@ import math
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decode_cases import GARBAGE, SIXTEEN_BITS, TOLERANCE, assert_close, problem
 from mlakit.errors import UsageError
+from mlakit.ops import CacheFormat, flash_mla_with_kvcache, get_mla_metadata
 from mlakit.ops import choose as choose_module
 from mlakit.ops import cpu as cpu_path
-from mlakit.ops import flash_mla_with_kvcache, get_mla_metadata, mla_decode
+from mlakit.ops.cache_format import QUANTISED
 from mlakit.ops.choose import choose
-from mlakit.ops.decode import IMPLEMENTATIONS
 from mlakit.ops.flash_mla import tile_schedule
 
-GARBAGE = 2147480000
 FAST = ["cpu", "torch"]
 ON_CPU = [*FAST, "reference"]
 HEADS = [
     (1, 1), (3, 1), (3, 3), (9, 1), (9, 3), (63, 1), (64, 1), (64, 2), (64, 8), (128, 1), (128, 2),
     (128, 8),
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The arguments of one decode call."""
-
-    q: torch.Tensor
-    k_cache: torch.Tensor
-    block_table: torch.Tensor
-    cache_seqlens: torch.Tensor
-    kv_lora_rank: int
-    softmax_scale: float
-    causal: bool
-
-    @property
-    def args(self) -> tuple:
-        return tuple(vars(self).values())
-
-    def run(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return IMPLEMENTATIONS[name](*self.args)
-
-    def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
-        *tensors, scale, causal = self.args
-        return mla_decode(*tensors, softmax_scale=scale, causal=causal)
-
-
-def problem(
-    lengths, heads, *, kv_heads=1, queries=1, rank=512, rope=64, width=None, block_size=64,
-    dtype=torch.float32, causal=True, seed=0,
-):  # fmt: skip
-    """Random tensors (FlashMLA's tests: normal / 10, clamped to +-1), pages shuffled, rest NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    row, batch = rank + rope, len(lengths)
-    used = [-(-length // block_size) for length in lengths]
-    num_blocks = sum(used) + 2
-    q = torch.randn(batch, queries, heads, width or row, generator=generator)
-    k_cache = torch.randn(num_blocks, block_size, kv_heads, row, generator=generator)
-    q, k_cache = ((tensor / 10).clamp(-1, 1).to(dtype) for tensor in (q, k_cache))
-    order = torch.randperm(num_blocks, generator=generator).tolist()
-    block_table = torch.full((batch, max(used, default=0) + 2), GARBAGE, dtype=torch.int32)
-    unused = torch.ones(num_blocks, block_size, dtype=torch.bool)
-    for b, length in enumerate(lengths):
-        pages = [order.pop() for _ in range(used[b])]
-        block_table[b, : used[b]] = torch.tensor(pages, dtype=torch.int32)
-        for page in pages:
-            unused[page, : min(block_size, length - block_size * pages.index(page))] = False
-    k_cache[unused] = math.nan
-    seqlens = torch.tensor(lengths, dtype=torch.int32)
-    return Problem(q, k_cache, block_table, seqlens, rank, (width or row) ** -0.5, causal)
-
-
-def assert_close(got, want, *, absolute, relative, cosine, lse_relative):
-    """FlashMLA's own criterion: element-wise, in direction, and infinities in the same places."""
-    (out, lse), (true_out, true_lse) = [
-        (pair[0].double(), pair[1].double()) for pair in (got, want)
-    ]
-    assert torch.equal(lse.isinf(), true_lse.isinf())
-    assert not out.isnan().any() and not lse.isnan().any()
-    error = (out - true_out).abs()
-    assert ((error < absolute) | (error < relative * true_out.abs())).all(), error.max()
-    norm = (out.square().sum() + true_out.square().sum()).item()
-    if norm:
-        assert 1 - 2 * (out * true_out).sum().item() / norm < cosine
-    finite = true_lse.isfinite()
-    error, size = (lse - true_lse)[finite].abs(), true_lse[finite].abs()
-    assert ((error < 1e-6) | (error < lse_relative * size)).all(), error.max()
-
-
-# FlashMLA's tests/test_flash_mla_dense_decoding.py, for 16-bit tensors.
-SIXTEEN_BITS = {
-    "absolute": 8e-4,
-    "relative": 2.01 / 128,
-    "cosine": 5e-6,
-    "lse_relative": 8.01 / 65536,
-}
-# float32 rounding, 2^-24, of a score of up to 1024 products: sqrt(1024) * 2^-24 = 2e-6 in the
-# exponent, so as much relative to the weights; 5 times that for safety. Values are below 1.
-THIRTY_TWO_BITS = {"absolute": 1e-5, "relative": 1e-5, "cosine": 1e-9, "lse_relative": 1e-5}
-TOLERANCE = {
-    torch.bfloat16: SIXTEEN_BITS,
-    torch.float16: SIXTEEN_BITS,
-    torch.float32: THIRTY_TWO_BITS,
-}
 
 
 @pytest.mark.parametrize("queries", [1, 2, 4])
@@ -182,11 +96,87 @@ def test_any_rank_rope_page_and_head_count(name, data):
 
 
 @pytest.mark.parametrize("name", FAST)
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_windows_caps_and_ragged_queries(name, data):
+    """Every mix of the features that FlashMLA does not have."""
+    lengths = data.draw(st.lists(st.integers(0, 90) | st.integers(500, 1100), max_size=3))
+    queries = [data.draw(st.integers(0, 5)) for _ in lengths]
+    kv_heads = data.draw(st.sampled_from([1, 1, 2]))
+    options = {
+        "sliding_window": data.draw(st.none() | st.integers(1, 40) | st.integers(500, 700)),
+        "soft_cap": data.draw(st.none() | st.sampled_from([0.02, 1.0, 50.0])),
+        "batch_invariant": data.draw(st.booleans()),
+    }
+    case = problem(
+        lengths, 3 * kv_heads, kv_heads=kv_heads, rank=24, rope=8,
+        queries=queries if data.draw(st.booleans()) else data.draw(st.integers(1, 4)),
+        block_size=data.draw(st.sampled_from([1, 16, 24, 64])),
+        dtype=data.draw(st.sampled_from(list(TOLERANCE))),
+        causal=True if options["sliding_window"] else data.draw(st.booleans()),
+        softmax_scale=data.draw(st.sampled_from([0.2, 5.0])), seed=data.draw(st.integers(0, 9)),
+        **options,
+    )  # fmt: skip
+    assert_close(case.run(name), case.run("reference"), **TOLERANCE[case.q.dtype])
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("name", FAST)
+def test_features_on_quantised_pages(name, kind):
+    case = problem(
+        [600, 0, 70], 5, queries=[2, 1, 3], rank=40, rope=16, sliding_window=530, soft_cap=0.1
+    )
+    fmt = CacheFormat(kind, 40, 16)
+    pages = fmt.allocate(*case.k_cache.shape[:2]).fill_(255)
+    slots = torch.arange(pages.shape[0] * 64).view(-1, 64)
+    used = ~case.k_cache[:, :, 0].isnan().any(-1)
+    fmt.append(pages, slots[used], case.k_cache[:, :, 0][used])
+    case = replace(case, k_cache=pages, options=case.options | {"cache_format": fmt})
+    assert_close(case.run(name), case.run("reference"), **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
+def test_batch_invariance_bit_for_bit(monkeypatch, dtype, queries):
+    """A sequence alone, in company, among packed neighbours and on any number of threads."""
+    monkeypatch.setattr(cpu_path, "THREAD_FLOPS", 1)
+    case = problem(
+        [700, 1, 0, 530], 9, queries=queries, rank=64, rope=16, dtype=dtype, batch_invariant=True
+    )
+    together = case.decode()
+    before = torch.get_num_threads()
+    try:
+        for b, threads in ((0, 1), (3, 2)):
+            torch.set_num_threads(threads)
+            at = slice(b, b + 1)
+            alone = replace(
+                case, q=case.q[at], block_table=case.block_table[at],
+                cache_seqlens=case.cache_seqlens[at],
+            )  # fmt: skip
+            for got, want in zip(alone.decode(), together):
+                assert torch.equal(got, want[at])
+        mixed = torch.zeros(2 * queries + 8, 9, 80, dtype=dtype)
+        mixed[:queries] = case.q[0]
+        starts = torch.tensor([0, queries, 2 * queries + 7, 2 * queries + 8], dtype=torch.int32)
+        options = {"cu_seqlens_q": starts, "max_seqlen_q": queries + 9}
+        some = replace(
+            case, q=mixed, block_table=case.block_table[[0, 3, 1]],
+            cache_seqlens=case.cache_seqlens[[0, 3, 1]], options=case.options | options,
+        )  # fmt: skip
+        out, lse = some.decode()
+        assert torch.equal(out[:queries], together[0][0])
+        assert torch.equal(lse[:, :queries], together[1][0])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", FAST)
 def test_scores_over_the_rope_columns_alone(name):
     """Equal-cache mode: values from the first C columns, scores over the last R, nothing shared."""
     case = problem([70, 5], 4, rank=32, rope=32, width=32)
     rows = case.k_cache[case.block_table[1, 0].item(), :5, 0].double()
-    scores = torch.einsum("hw,tw->ht", case.q[1, 0].double(), rows[:, 32:]) * case.softmax_scale
+    scores = torch.einsum("hw,tw->ht", case.q[1, 0].double(), rows[:, 32:])
+    scores = scores * case.options["softmax_scale"]
     want = torch.softmax(scores, -1) @ rows[:, :32]
     # float32 arithmetic against float64, as at TOLERANCE
     torch.testing.assert_close(case.run(name)[0][1, 0].double(), want, atol=1e-5, rtol=1e-5)
@@ -263,7 +253,7 @@ def test_autocast_does_not_reach_inside(monkeypatch, name):
 def test_operator_declares_what_it_does():
     """torch's own checks of schema, fake kernel, autograd registration and tracing."""
     case = problem([70, 5], 2, queries=2, rank=16, rope=8)
-    torch.library.opcheck(torch.ops.mlakit.mla_decode.default, case.args)
+    torch.library.opcheck(torch.ops.mlakit.mla_decode.default, case.call.flat())
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -293,7 +283,7 @@ REFUSED = {
     "q has shape": lambda p: replace(p, q=p.q[0]),
     "k_cache has shape": lambda p: replace(p, k_cache=p.k_cache[:, :, 0]),
     "q is torch.bfloat16 and k_cache is torch.float32": lambda p: replace(p, q=p.q.bfloat16()),
-    "both should be the same of": lambda p: replace(p, q=p.q.int(), k_cache=p.k_cache.int()),
+    "and is torch.int32; it should be": lambda p: replace(p, q=p.q.int(), k_cache=p.k_cache.int()),
     "divisible by kv heads": lambda p: replace(p, k_cache=p.k_cache.repeat(1, 1, 2, 1)),
     "q should have 1 to 24 columns": lambda p: replace(p, q=p.q.repeat(1, 1, 1, 2)),
     "kv_lora_rank is 25": lambda p: replace(p, kv_lora_rank=25),
@@ -307,7 +297,23 @@ REFUSED = {
     r"cache_seqlens\[0\] is 999": lambda p: replace(p, cache_seqlens=p.cache_seqlens + 929),
     r"cache_seqlens\[0\] is -1": lambda p: replace(p, cache_seqlens=p.cache_seqlens - 71),
     r"block_table\[0\] uses pages": lambda p: replace(p, block_table=p.block_table + 100),
+    "sliding_window is 0": lambda p: replace(p, options=p.options | {"sliding_window": 0}),
+    "causal False; a window": lambda p: replace(
+        p, options=p.options | {"sliding_window": 4, "causal": False}
+    ),
+    "soft_cap is -1": lambda p: replace(p, options=p.options | {"soft_cap": -1.0}),
+    "come together": lambda p: replace(p, options=p.options | {"max_seqlen_q": 2}),
+    r"should be \[N, H, W\] beside": lambda p: replace(packed(p, [0, 1, 2]), q=p.q),
+    "cu_seqlens_q is torch.int64": lambda p: packed(p, [0, 1, 2], dtype=torch.int64),
+    "block_table has shape .*; it should be .3,": lambda p: packed(p, [0, 1, 2, 2]),
+    r"should rise from 0 to the 2 queries": lambda p: packed(p, [0, 1, 3]),
+    "by at most max_seqlen_q, 1": lambda p: packed(p, [0, 2, 2]),
 }
+
+
+def packed(p, starts, *, dtype=torch.int32, most=1):
+    options = {"cu_seqlens_q": torch.tensor(starts, dtype=dtype), "max_seqlen_q": most}
+    return replace(p, q=p.q[:, 0], options=p.options | options)
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -347,7 +353,9 @@ def test_causal_is_off_by_default_in_flash_mla_only():
     case = problem([9], 1, queries=2, rank=8, rope=4)
     tensors = (*case.args[:4], 8)
     out = flash_mla_with_kvcache(*tensors, *get_mla_metadata())[0]
-    torch.testing.assert_close(out, replace(case, causal=False).decode()[0], atol=0, rtol=0)
+    torch.testing.assert_close(
+        out, replace(case, options=case.options | {"causal": False}).decode()[0], atol=0, rtol=0
+    )
     assert not torch.equal(out, case.decode()[0])
 
 
@@ -370,24 +378,49 @@ def test_schedule_covers_every_block_once(lengths, parts):
     assert sum(pieces) <= len(lengths) + parts
 
 
+def asked(device, dtype):
+    """As much of a call as the choice looks at; a GPU that is not here has no tensors."""
+    return SimpleNamespace(q=SimpleNamespace(device=torch.device(device), dtype=dtype))
+
+
 def test_choice_of_implementation(monkeypatch):
-    assert choose("cpu", torch.bfloat16).name == "cpu"
-    assert choose("cpu", torch.float64).name == "torch"
-    for why_not, name in (("", "triton"), ("Triton is not installed", "torch")):
-        monkeypatch.setattr(choose_module, "_why_no_triton_here", lambda why_not=why_not: why_not)
-        choice = choose("cuda", torch.bfloat16)
-        assert choice.name == name and why_not in choice.reason
-        assert choose("cuda", torch.float64).name == "torch"
-        assert choose("mps", torch.float16).name == "torch"
-    with pytest.raises(UsageError, match="Triton is not installed"):
-        choose("cuda", torch.float32, "triton")
-    with pytest.raises(UsageError, match="cannot run"):
-        choose("cpu", torch.float32, "triton")
-    assert "MLAKIT_KERNEL" in choose("cpu", torch.float32, "reference").reason
+    """The first that can: the CPU's own, Hopper's, Triton's, plain torch."""
+    answers = {"gluon": "", "triton": "", "flash_mla": "no such package"}
+    monkeypatch.setattr(choose_module, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(choose_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(
+        choose_module,
+        "implementation",
+        lambda name: SimpleNamespace(why_not=lambda call: answers[name]),
+    )
+    gpu, cpu = asked("cuda", torch.bfloat16), asked("cpu", torch.bfloat16)
+    assert choose(cpu).name == "cpu"
+    assert choose(asked("cpu", torch.float64)).name == "torch"
+    assert choose(asked("cuda", torch.float64)).name == "torch"
+    assert choose(asked("mps", torch.float16)).name == "torch"
+    assert choose(gpu).name == "gluon"
+    answers["gluon"] = "pages of 16"
+    assert choose(gpu).name == "triton"
+    with pytest.raises(UsageError, match="'gluon', which cannot run this call: pages of 16"):
+        choose(gpu, "gluon")
+    with pytest.raises(UsageError, match="no such package"):
+        choose(gpu, "flash_mla")
+    with pytest.raises(UsageError, match="tensors on the CPU"):
+        choose(gpu, "cpu")
+    with pytest.raises(UsageError, match="not on cpu"):
+        choose(cpu, "triton")
     with pytest.raises(UsageError, match="no implementation"):
-        choose("cpu", torch.float32, "magic")
-    with pytest.raises(UsageError, match="cannot run"):
-        choose("cuda", torch.float32, "cpu")
+        choose(cpu, "magic")
+    assert "MLAKIT_KERNEL" in choose(cpu, "reference").reason
+    monkeypatch.setattr(choose_module, "find_spec", lambda name: None)
+    choice = choose(gpu)
+    assert choice.name == "torch" and "Triton is not installed" in choice.reason
+    monkeypatch.setattr(choose_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(choose_module, "_capability", lambda device: (7, 5))
+    assert "older than" in choose(gpu).reason
+
+
+def test_override_reaches_the_operator(monkeypatch):
     case = problem([70, 5], 2, rank=16, rope=8)
     monkeypatch.setenv("MLAKIT_KERNEL", "reference")
     assert torch.equal(case.decode()[0], case.run("reference")[0].float())

@@ -114,7 +114,7 @@ def doctor() -> dict[str, str]:
     import torch
 
     from mlakit.errors import UsageError
-    from mlakit.ops.choose import choose
+    from mlakit.ops.choose import choose, deepseek_call
 
     findings = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("mlakit", "torch", "transformers", "triton", "flash_mla", "datasets"):
@@ -128,7 +128,7 @@ def doctor() -> dict[str, str]:
         findings[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         try:
-            choice = choose(device, torch.bfloat16, os.environ.get("MLAKIT_KERNEL"))
+            choice = choose(deepseek_call(device), os.environ.get("MLAKIT_KERNEL"))
             findings[f"decode on {device}"] = f"{choice.name} ({choice.reason})"
         except UsageError as error:
             findings[f"decode on {device}"] = f"refused: {error.message}"

@@ -82,8 +82,9 @@ class DenseCall:
     @classmethod
     def from_flat(cls, *values: Any) -> DenseCall:
         """The inverse of ``flat``."""
-        *rest, name = values
-        return cls(*rest, CacheFormat.parse(name) if name else None)
+        given = dict(zip((field.name for field in fields(cls)), values, strict=True))
+        name = given["cache_format"]
+        return cls(**given | {"cache_format": CacheFormat.parse(name) if name else None})
 
     def query_starts(self) -> list[int]:
         """Where each sequence's queries start, ``[B + 1]``; reads ``cu_seqlens_q``.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mlakit.errors import UsageError
-from mlakit.ops.call import DenseCall, SparseCall
+from mlakit.ops.call import DenseCall, SparseCall, dense_call
 
 FILES = {
     "cpu": "cpu",
@@ -97,6 +97,14 @@ def why_not(name: str, call: DenseCall | SparseCall) -> str:
     if _capability(call.q.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return str(implementation(name).why_not(call))
+
+
+def deepseek_call(device: str) -> DenseCall:
+    """The call that the choice is usually asked about: bfloat16, 512 + 64, pages of 64."""
+    q = torch.empty(1, 1, 16, 576, dtype=torch.bfloat16, device=device)
+    k_cache = torch.empty(1, 64, 1, 576, dtype=torch.bfloat16, device=device)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    return dense_call(q, k_cache, table, table[0], 512, softmax_scale=1.0)
 
 
 @cache
