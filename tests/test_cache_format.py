@@ -18,10 +18,11 @@ from mlakit.ops import (
     cpu,
     flash_mla_with_kvcache,
     get_mla_metadata,
-    mla_quantised_decode,
+    mla_decode,
+    reference,
 )
 from mlakit.ops.cache_format import PLAIN, QUANTISED, slots_of
-from mlakit.ops.reference import reference_decode
+from mlakit.ops.call import DenseCall, dense_call
 
 KINDS = [*PLAIN, *QUANTISED]
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
@@ -234,12 +235,19 @@ def dense_problem(fmt, lengths, heads, *, queries, block_size, dtype, width=None
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-9 + 1e-5}
 
 
+def true_result(q, plain, *arguments, **options):
+    """The float64 twin over rows that were read from the pages, in float64."""
+    call = dense_call(q.double(), plain, *arguments, **options)
+    out, lse = reference.decode(call)
+    return out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2]).mT
+
+
 def assert_decodes(fmt, problem, rank, causal):
     q, pages, table, lengths, plain = problem
-    out, lse = mla_quantised_decode(
-        q, pages, fmt, table, lengths, rank, softmax_scale=0.2, causal=causal
-    )
-    want, want_lse = reference_decode(q, plain, table, lengths, rank, 0.2, causal)
+    arguments = (table, lengths, rank)
+    options = {"softmax_scale": 0.2, "causal": causal}
+    out, lse = mla_decode(q, pages, *arguments, **options, cache_format=fmt)
+    want, want_lse = true_result(q, plain, *arguments, **options)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     tolerance = TOLERANCE[q.dtype]
     torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
@@ -287,10 +295,10 @@ def test_empty_batch_and_pages_that_are_not_there(dtype):
         fmt, [9, 3], 3, queries=2, block_size=4, dtype=dtype
     )
     with pytest.raises(UsageError, match="block_table has shape"):
-        mla_quantised_decode(q, pages, fmt, table[:1], lengths, 20, softmax_scale=1.0)
+        mla_decode(q, pages, table[:1], lengths, 20, softmax_scale=1.0, cache_format=fmt)
     if dtype != torch.float64:
         with pytest.raises(UsageError, match=r"block_table\[0\] uses pages"):
-            mla_quantised_decode(q, pages, fmt, table + 100, lengths, 20, softmax_scale=1.0)
+            mla_decode(q, pages, table + 100, lengths, 20, softmax_scale=1.0, cache_format=fmt)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "model1"])
@@ -301,7 +309,9 @@ def test_flash_mla_reads_its_own_layouts(kind):
     q, pages, table, lengths, plain = dense_problem(
         fmt, [70, 5], 4, queries=2, block_size=64, dtype=torch.bfloat16
     )
-    want, want_lse = reference_decode(q, plain, table, lengths, value, fmt.width**-0.5, True)
+    want, want_lse = true_result(
+        q, plain, table, lengths, value, softmax_scale=fmt.width**-0.5, causal=True
+    )
     apart = torch.full((len(pages), pages.stride(0) + fmt.bytes_per_token * 9), 255).to(torch.uint8)
     apart[:, : 64 * fmt.bytes_per_token] = pages.flatten(1)
     apart = apart[:, : 64 * fmt.bytes_per_token].view(pages.shape)
@@ -326,7 +336,7 @@ def test_never_more_than_a_chunk_at_once(monkeypatch):
         return read(self, out, pages, slots)
 
     monkeypatch.setattr(CacheFormat, "read_into", record)
-    mla_quantised_decode(q, pages, fmt, table, lengths, 64, softmax_scale=0.2)
+    mla_decode(q, pages, table, lengths, 64, softmax_scale=0.2, cache_format=fmt)
     assert sorted(seen) == [3, 1200 - 2 * cpu.CHUNK, cpu.CHUNK, cpu.CHUNK]
 
 
@@ -338,7 +348,7 @@ def test_the_same_bits_every_time_and_on_every_thread(monkeypatch):
     pages, table, lengths = rest
 
     def run():
-        return mla_quantised_decode(q, pages, fmt, table, lengths, 448, softmax_scale=0.2)
+        return mla_decode(q, pages, table, lengths, 448, softmax_scale=0.2, cache_format=fmt)
 
     before = torch.get_num_threads()
     try:
@@ -358,9 +368,9 @@ def test_operator_declares_what_it_does():
     q, pages, table, lengths, _ = dense_problem(
         fmt, [20, 5], 2, queries=2, block_size=16, dtype=torch.float32
     )
-    operator = torch.ops.mlakit.mla_quantised_decode.default
-    args = (q, pages, table, lengths, 32, 0.2, True, "fp8", 32, 8, 128)
-    torch.library.opcheck(operator, args)
+    call = dense_call(q, pages, table, lengths, 32, softmax_scale=0.2, cache_format=fmt)
+    assert DenseCall.from_flat(*call.flat()) == call
+    torch.library.opcheck(torch.ops.mlakit.mla_decode.default, call.flat())
 
 
 def test_slots_follow_the_block_table():

@@ -1,14 +1,12 @@
-"""Every implementation of mla_decode against float64, and FlashMLA's interface on top of it."""
+"""Every implementation of mla_decode against float64."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import subprocess
 import sys
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +16,8 @@ from hypothesis import strategies as st
 from decode_cases import GARBAGE, SIXTEEN_BITS, TOLERANCE, assert_close, problem
 from mlakit.errors import UsageError
 from mlakit.ops import CacheFormat, flash_mla_with_kvcache, get_mla_metadata
-from mlakit.ops import choose as choose_module
 from mlakit.ops import cpu as cpu_path
 from mlakit.ops.cache_format import QUANTISED
-from mlakit.ops.choose import choose
-from mlakit.ops.flash_mla import tile_schedule
 
 FAST = ["cpu", "torch"]
 ON_CPU = [*FAST, "reference"]
@@ -321,109 +316,6 @@ def test_refused_inputs(message):
     case = problem([70, 71], 3, rank=16, rope=8)
     with pytest.raises(UsageError, match=message):
         REFUSED[message](case).decode()
-
-
-def test_flash_mla_both_generations():
-    """2025: three arguments give two tensors. 2026: none give a schedule object and None."""
-    case = problem([70, 5], 4, queries=2, rank=512, dtype=torch.bfloat16)
-    want = case.decode()
-    tensors = (case.q, case.k_cache, case.block_table, case.cache_seqlens, 512)
-    metadata, splits = get_mla_metadata(case.cache_seqlens, 2 * 4 // 1, 1)
-    assert metadata.dtype == splits.dtype == torch.int32
-    assert metadata.shape[1:] == (8,) and splits.shape == (3,)
-    old = flash_mla_with_kvcache(*tensors, metadata, splits, causal=True)
-    schedule, nothing = get_mla_metadata()
-    new = flash_mla_with_kvcache(*tensors, schedule, nothing, causal=True)
-    for got in (old, new):
-        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    assert old[0].shape == (2, 2, 4, 512) and old[1].shape == (2, 4, 2)
-    with pytest.raises(UsageError, match="first used for"):
-        flash_mla_with_kvcache(*tensors, schedule, causal=False)
-    with pytest.raises(UsageError, match="not one for a batch of 2"):
-        flash_mla_with_kvcache(*tensors, metadata)
-    with pytest.raises(UsageError, match="not what get_mla_metadata returns"):
-        flash_mla_with_kvcache(*tensors, schedule, splits)
-    with pytest.raises(UsageError, match="some of its arguments"):
-        get_mla_metadata(case.cache_seqlens)
-    with pytest.raises(UsageError, match="576 bytes per token"):
-        flash_mla_with_kvcache(*tensors, metadata, splits, is_fp8_kvcache=True)
-
-
-def test_causal_is_off_by_default_in_flash_mla_only():
-    case = problem([9], 1, queries=2, rank=8, rope=4)
-    tensors = (*case.args[:4], 8)
-    out = flash_mla_with_kvcache(*tensors, *get_mla_metadata())[0]
-    torch.testing.assert_close(
-        out, replace(case, options=case.options | {"causal": False}).decode()[0], atol=0, rtol=0
-    )
-    assert not torch.equal(out, case.decode()[0])
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 5000), max_size=12), st.integers(1, 132))
-def test_schedule_covers_every_block_once(lengths, parts):
-    rows, splits = tile_schedule(lengths, parts)
-    assert len(rows) == parts and len(splits) == len(lengths) + 1
-    blocks = [math.ceil(length / 64) for length in lengths]
-    covered = [[] for _ in lengths]
-    pieces = [0] * len(lengths)
-    for first, first_block, last, last_end, first_split, *_ in rows:
-        for request in range(first, last + 1):
-            assert pieces[request] == (first_split if request == first else 0)
-            begin = first_block if request == first else 0
-            covered[request] += range(begin, last_end if request == last else blocks[request])
-            pieces[request] += 1
-    assert covered == [list(range(count)) for count in blocks]
-    assert [b - a for a, b in itertools.pairwise(splits)] == pieces
-    assert sum(pieces) <= len(lengths) + parts
-
-
-def asked(device, dtype):
-    """As much of a call as the choice looks at; a GPU that is not here has no tensors."""
-    return SimpleNamespace(q=SimpleNamespace(device=torch.device(device), dtype=dtype))
-
-
-def test_choice_of_implementation(monkeypatch):
-    """The first that can: the CPU's own, Hopper's, Triton's, plain torch."""
-    answers = {"gluon": "", "triton": "", "flash_mla": "no such package"}
-    monkeypatch.setattr(choose_module, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(choose_module, "find_spec", lambda name: name)
-    monkeypatch.setattr(
-        choose_module,
-        "implementation",
-        lambda name: SimpleNamespace(why_not=lambda call: answers[name]),
-    )
-    gpu, cpu = asked("cuda", torch.bfloat16), asked("cpu", torch.bfloat16)
-    assert choose(cpu).name == "cpu"
-    assert choose(asked("cpu", torch.float64)).name == "torch"
-    assert choose(asked("cuda", torch.float64)).name == "torch"
-    assert choose(asked("mps", torch.float16)).name == "torch"
-    assert choose(gpu).name == "gluon"
-    answers["gluon"] = "pages of 16"
-    assert choose(gpu).name == "triton"
-    with pytest.raises(UsageError, match="'gluon', which cannot run this call: pages of 16"):
-        choose(gpu, "gluon")
-    with pytest.raises(UsageError, match="no such package"):
-        choose(gpu, "flash_mla")
-    with pytest.raises(UsageError, match="tensors on the CPU"):
-        choose(gpu, "cpu")
-    with pytest.raises(UsageError, match="not on cpu"):
-        choose(cpu, "triton")
-    with pytest.raises(UsageError, match="no implementation"):
-        choose(cpu, "magic")
-    assert "MLAKIT_KERNEL" in choose(cpu, "reference").reason
-    monkeypatch.setattr(choose_module, "find_spec", lambda name: None)
-    choice = choose(gpu)
-    assert choice.name == "torch" and "Triton is not installed" in choice.reason
-    monkeypatch.setattr(choose_module, "find_spec", lambda name: name)
-    monkeypatch.setattr(choose_module, "_capability", lambda device: (7, 5))
-    assert "older than" in choose(gpu).reason
-
-
-def test_override_reaches_the_operator(monkeypatch):
-    case = problem([70, 5], 2, rank=16, rope=8)
-    monkeypatch.setenv("MLAKIT_KERNEL", "reference")
-    assert torch.equal(case.decode()[0], case.run("reference")[0].float())
 
 
 def test_ops_imports_torch_alone():

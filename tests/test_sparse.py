@@ -21,9 +21,10 @@ from mlakit.ops import (
     flash_mla_with_kvcache,
     get_mla_metadata,
     mla_sparse_decode,
-    sparse_torch,
+    torch_decode,
 )
 from mlakit.ops.cache_format import PLAIN, QUANTISED
+from mlakit.ops.call import selection
 
 GARBAGE = 2147480000
 
@@ -220,9 +221,9 @@ def test_path_for_other_devices_in_float32_and_in_steps(monkeypatch):
     one = cache(fmt, 3, 2, 90, 200, 61, lengths=[0, 90, 31])
     q = queries_for(fmt, 3, 2, 4, torch.float32)
     want = run(q, fmt, 128, [one])
-    monkeypatch.setattr(cpu, "decode_selected", sparse_torch.decode_selected)
+    monkeypatch.setenv("MLAKIT_KERNEL", "torch")
     for rows in (1, 70, 1 << 15):
-        monkeypatch.setattr(sparse_torch, "ROWS", rows)
+        monkeypatch.setattr(torch_decode, "ROWS", rows)
         assert_close(run(q, fmt, 128, [one]), [t.double() for t in want], **FLOAT32)
 
 
@@ -270,6 +271,16 @@ def test_empty_caches_and_selections():
     assert (out == 0).all()
 
 
+def test_reference_agrees_with_the_definition(monkeypatch):
+    """The twin in the package, which the GPU's tests use, is the twin here."""
+    fmt = CacheFormat("model1", 64, 16)
+    caches = [cache(fmt, 2, 2, 9, 20, 4), cache(fmt, 2, 2, 5, 9, 3, lengths=[2, 0])]
+    q = queries_for(fmt, 2, 2, 3, torch.float64)
+    sink = torch.linspace(-2, 2, 3)
+    monkeypatch.setenv("MLAKIT_KERNEL", "reference")
+    assert_close(run(q, fmt, 80, caches, sink), naive(q, caches, 80, 0.2, sink), **FLOAT64)
+
+
 def test_the_same_bits_every_time_and_on_every_thread(monkeypatch):
     fmt = CacheFormat("fp8", 512, 64)
     one = cache(fmt, 3, 2, 700, 900, 64)
@@ -293,9 +304,11 @@ def test_operator_declares_what_it_does():
     fmt = CacheFormat("int8", 32, 8)
     one, more = cache(fmt, 2, 2, 6, 20, 4), cache(fmt, 2, 2, 3, 9, 2, lengths=[2, 0])
     q = queries_for(fmt, 2, 2, 3, torch.float32)
+    first = selection(q, one.pages, one.indices, None, fmt, 32)
+    second = selection(q, more.pages, more.indices, more.length, fmt, 32)
     args = (
-        q, one.pages, one.indices, 32, 0.2, "int8", 32, 8, 128, None, torch.zeros(3), more.pages,
-        more.indices, more.length,
+        q.flatten(0, 1), first.pages, first.slots, first.counts, second.pages, second.slots,
+        second.counts, 32, 0.2, torch.zeros(3), fmt.name, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.mlakit.mla_sparse_decode.default, args)
 
