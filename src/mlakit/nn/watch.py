@@ -329,7 +329,7 @@ class Watch:
         B, S, H, _ = query.shape
         self.sizes["T"] = int(lengths.max())
         shape = (B, H, S, self.sizes["T"])
-        self._fused(q, "pages", ("B", "H", "S"), shape, float(args[5]))
+        self._fused(q, "pages", ("B", "H", "S"), shape, float(args[7]))
         letters = (*q.letters[:3], "C")
         self._put(out, Value("latents", letters), 4, "latents = softmax(scores) c_kv")
 

@@ -73,23 +73,23 @@ def mla_decode(
         causal=causal, sliding_window=sliding_window, soft_cap=soft_cap, cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q, cache_format=cache_format, batch_invariant=batch_invariant,
     )  # fmt: skip
-    out, lse = _decode(*call.flat())
-    if q.dim() == 3:
-        return out, lse.T.contiguous()
-    batch, queries, heads = q.shape[:3]
-    lse = lse.view(batch, queries, heads).transpose(1, 2).contiguous()
-    return out.view(batch, queries, heads, kv_lora_rank), lse
+    out, lse = _decode(q, *call.flat()[1:])
+    return out, lse
 
 
-def _run(*values: Any) -> tuple[Tensor, Tensor]:
-    call = DenseCall.from_flat(*values)
+def _run(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    packed = q.dim() == 3
+    call = DenseCall.from_flat(q if packed else q.flatten(0, 1), *rest)
     choice = choose(call, os.environ.get("MLAKIT_KERNEL"))
-    with torch.autocast(call.q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         out, lse = implementation(choice.name).decode(call)
-    return out.to(call.q.dtype).contiguous(), lse.float().contiguous()
+    out, lse = out.to(q.dtype), lse.float()
+    if not packed:
+        out, lse = out.view(*q.shape[:3], call.kv_lora_rank), lse.view(q.shape[:3])
+    return out.contiguous(), lse.mT.contiguous()
 
 
-# One field of DenseCall each; out [N, H, C], lse [N, H].
+# One field of DenseCall each, but q as mla_decode has it.
 _decode = torch.library.custom_op(
     "mlakit::mla_decode",
     _run,
@@ -102,6 +102,6 @@ _decode = torch.library.custom_op(
 
 
 @_decode.register_fake
-def _(*values: Any) -> tuple[Tensor, Tensor]:
-    q, rank = values[0], values[6]
-    return q.new_empty(*q.shape[:2], rank), q.new_empty(q.shape[:2], dtype=torch.float32)
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return q.new_empty(*q.shape[:-1], rest[5]), lse.mT.contiguous()
