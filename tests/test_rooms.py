@@ -17,7 +17,7 @@ FLOORS = [
     {"serving", "engines"},
     {"conversion.apply", "conversion.verify", "healing", "baselines"},
     {"evaluation"},
-    {"generation", "conversion"},
+    {"generation", "conversion", "benching"},
     {"reporting", "data", "inspection"},
     {"nn"},
     {"ops"},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlakit.benching import bench
     from mlakit.conversion.apply import convert
     from mlakit.evaluation import evaluate, verify
     from mlakit.generation import GenerationResult
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mlakit.nn.trace import track_shapes
 
 __all__ = [
+    "bench",
     "convert",
     "doctor",
     "evaluate",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 HOMES = {
+    "bench": "mlakit.benching",
     "convert": "mlakit.conversion.apply",
     "evaluate": "mlakit.evaluation",
     "inspect": "mlakit.inspection",

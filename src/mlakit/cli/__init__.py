@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from mlakit import __version__
-from mlakit.cli import convert, demo, doctor, eval, generate, inspect, trace, verify
+from mlakit.cli import bench, convert, demo, doctor, eval, generate, inspect, trace, verify
 from mlakit.errors import MlakitError, UsageError
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, convert, verify, eval, generate, trace, demo, doctor):
+for verb in (inspect, convert, verify, eval, generate, bench, trace, demo, doctor):
     name = verb.__name__.rpartition(".")[2]
     app.command(name)(getattr(verb, name))
 
