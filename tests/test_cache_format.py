@@ -16,6 +16,7 @@ from mlakit.errors import UsageError
 from mlakit.ops import (
     CacheFormat,
     cpu,
+    cpu_rows,
     flash_mla_with_kvcache,
     get_mla_metadata,
     mla_decode,
@@ -337,7 +338,7 @@ def test_never_more_than_a_chunk_at_once(monkeypatch):
 
     monkeypatch.setattr(CacheFormat, "read_into", record)
     mla_decode(q, pages, table, lengths, 64, softmax_scale=0.2, cache_format=fmt)
-    assert sorted(seen) == [3, 1200 - 2 * cpu.CHUNK, cpu.CHUNK, cpu.CHUNK]
+    assert sorted(seen) == [3, 1200 - 2 * cpu_rows.CHUNK, cpu_rows.CHUNK, cpu_rows.CHUNK]
 
 
 def test_the_same_bits_every_time_and_on_every_thread(monkeypatch):

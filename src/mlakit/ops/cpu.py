@@ -1,10 +1,10 @@
-"""The CPU path: a chunk of the cache in float32, two GEMMs and a step of online softmax at a time.
+"""The CPU path: a piece of the cache, two GEMMs and a step of online softmax at a time.
 
-A chunk stays in the core's cache between the two products, and a 16-bit cache is widened while it
-is gathered, so memory is read once. Pages that lie side by side are taken as one piece; in float32
-they are not copied at all. Quantised rows, and rows chosen one by one, are gathered and dequantised
-a chunk at a time. Softmax runs in base 2, because torch inlines ``exp2`` and calls a slower library
-for ``exp``.
+Products are in float32, which a 16-bit cache is widened to while it is gathered: most CPUs emulate
+16-bit products, ten to a hundred times slower. On those that multiply bfloat16 themselves (AVX-512
+BF16, AMX) a bfloat16 cache is used as it is, and scores still come out in float32: what rounding to
+bfloat16 took from a product is a second, equally fast product. Softmax runs in base 2, because
+torch inlines ``exp2`` and calls a slower library for ``exp``.
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from mlakit.errors import UsageError
-from mlakit.ops.cache_format import CacheFormat
-from mlakit.ops.call import DenseCall, Selection, SparseCall
-
-CHUNK = 512
-"""Tokens per chunk: 1.2 MB of float32 at 576 columns."""
+from mlakit.ops.call import DenseCall, SparseCall
+from mlakit.ops.cpu_rows import page_rows, selected_rows, used_pages
 
 THREAD_FLOPS = 1e8
 """Work that pays for a Python thread, about 1 ms of one core."""
@@ -33,7 +30,7 @@ LOWEST = -1e30
 
 
 def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
-    """``mla_decode`` for CPU tensors of at most 32 bits, computed in float32.
+    """``mla_decode`` for CPU tensors of at most 32 bits.
 
     Raises:
         UsageError: if a length or a page number points outside of the table or the cache, or
@@ -41,12 +38,11 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
     """
     heads, width = call.q.shape[1:]
     kv_heads = call.k_cache.shape[2]
-    q = _scaled(call.q, call.softmax_scale, call.soft_cap).unflatten(1, (kv_heads, -1))
-    q = q.transpose(0, 1).contiguous()  # [G, N, H / G, W]
-    out = q.new_zeros(*q.shape[:3], call.kv_lora_rank)
-    lse = q.new_full((*q.shape[:3], 1), math.inf)
-    pages = _used_pages(call.k_cache, call.block_table, call.cache_seqlens)
-    lengths, starts = call.cache_seqlens.tolist(), call.query_starts()
+    dtype = _precision(call.q.dtype if call.cache_format is None else torch.float32)
+    q = call.q.detach().to(dtype).unflatten(1, (kv_heads, -1)).transpose(0, 1).contiguous()
+    out = q.new_zeros(*q.shape[:3], call.kv_lora_rank, dtype=torch.float32)  # [G, N, H / G, C]
+    lse = out.new_full((*q.shape[:3], 1), math.inf)
+    pages, lengths, starts = used_pages(call), call.cache_seqlens.tolist(), call.query_starts()
 
     def attend(sequence: int) -> None:
         start, stop = starts[sequence : sequence + 2]
@@ -57,9 +53,9 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
         first, visible = _visible(call, stop - start, length, heads // kv_heads)
         for g in range(kv_heads):
             at = (g, slice(start, stop))
-            chunks = _chunks(call, g, pages[sequence], first, length)
             rows, outs, levels = (x[at].flatten(0, 1) for x in (q, out, lse))
-            _attend(rows, outs, levels, chunks, visible, first, call.soft_cap)
+            pieces = page_rows(call, g, pages[sequence], first, length, dtype)
+            _attend(rows, outs, levels, pieces, call.softmax_scale, call.soft_cap, visible, first)
 
     flops = 2 * heads * (width + call.kv_lora_rank)
     flops *= sum((starts[b + 1] - starts[b]) * length for b, length in enumerate(lengths))
@@ -71,14 +67,16 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
 def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
     """``mla_sparse_decode`` for CPU tensors of at most 32 bits, and the largest score."""
     queries, heads, width = call.q.shape
-    q = _scaled(call.q, call.softmax_scale, 0.0)
-    out = q.new_zeros(queries, heads, call.kv_lora_rank)
-    lse = q.new_full((queries, heads, 1), math.inf)
-    top = q.new_full((queries, heads, 1), -math.inf)
+    plain = all(selection.pages.dtype == call.q.dtype for selection in call.selections)
+    dtype = _precision(call.q.dtype if plain else torch.float32)
+    q = call.q.detach().to(dtype)
+    out = q.new_zeros(queries, heads, call.kv_lora_rank, dtype=torch.float32)
+    lse = out.new_full((queries, heads, 1), math.inf)
+    top = out.new_full((queries, heads, 1), -math.inf)
 
     def attend(n: int) -> None:
-        chunks = chain.from_iterable(_selected_rows(selection, n) for selection in call.selections)
-        _attend(q[n], out[n], lse[n], chunks, top=top[n])
+        pieces = chain.from_iterable(selected_rows(some, n, dtype) for some in call.selections)
+        _attend(q[n], out[n], lse[n], pieces, call.softmax_scale, top=top[n])
 
     rows = sum(selection.slots.shape[1] for selection in call.selections)
     flops = 2 * queries * heads * (width + call.kv_lora_rank) * rows
@@ -86,9 +84,16 @@ def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse[..., 0], top[..., 0]
 
 
-def _scaled(q: Tensor, softmax_scale: float, soft_cap: float) -> Tensor:
-    """Queries in float32 whose products with keys are scores in base 2, or in units of the cap."""
-    return q.detach().float() * (softmax_scale / (soft_cap or math.log(2.0)))
+def _precision(stored: torch.dtype) -> torch.dtype:
+    """What rows and queries are multiplied in."""
+    return stored if stored == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers."""
+    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in asks)
 
 
 def _visible(
@@ -102,134 +107,68 @@ def _visible(
     """
     if not call.causal or (queries == 1 and not call.sliding_window):
         return 0, None
+    window = call.sliding_window or length
+    first = max(0, length - queries + 1 - window)
+    if queries == 1:
+        return first, None
     stop = torch.arange(length - queries + 1, length + 1).repeat_interleave(group).unsqueeze(1)
-    begin = stop - (call.sliding_window or length)
-    first = max(0, length - queries + 1 - (call.sliding_window or length))
-    return first, (None if queries == 1 else (begin, stop))
-
-
-def _used_pages(k_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> list[list[int]]:
-    """The page numbers each sequence uses, in order; the garbage after them is cut off."""
-    num_blocks, block_size = k_cache.shape[:2]
-    capacity = block_table.shape[1] * block_size
-    used = []
-    for b, (table, length) in enumerate(zip(block_table.tolist(), cache_seqlens.tolist())):
-        if not 0 <= length <= capacity:
-            raise UsageError(
-                f"cache_seqlens[{b}] is {length}; block_table has room for 0 to {capacity} tokens"
-            )
-        pages = table[: -(-length // block_size)]
-        if pages and not 0 <= min(pages) <= max(pages) < num_blocks:
-            raise UsageError(
-                f"block_table[{b}] uses pages {min(pages)} to {max(pages)}; k_cache has "
-                f"{num_blocks}, counted from 0"
-            )
-        used.append(pages)
-    return used
-
-
-def _chunks(
-    call: DenseCall, kv_head: int, pages: list[int], first: int, length: int
-) -> Iterator[Tensor]:
-    """Cut one sequence's rows into float32 pieces ``[tokens, row]``, each valid until the next.
-
-    Args:
-        call: whose cache is read.
-        kv_head: whose rows.
-        pages: the sequence's page numbers.
-        first: the first token; rows before it are not read, and neither are those ...
-        length: ... from the sequence's end on.
-    """
-    cache, block_size = call.k_cache.detach(), call.k_cache.shape[1]
-    if call.cache_format is not None:
-        starts = torch.tensor(pages).mul_(block_size)
-        slots = (starts[:, None] + torch.arange(block_size)).flatten()[first:length]
-        yield from _stored_rows(cache, call.cache_format, slots)
-        return
-    cache = cache[:, :, kv_head]
-    step = max(1, CHUNK // block_size)
-    skipped = first // block_size
-    buffer = torch.empty(min(step * block_size, length), call.row)
-    for column in range(skipped, len(pages), step):
-        some = pages[column : column + step]
-        tokens = min(len(some) * block_size, length - column * block_size)
-        begin = max(0, first - column * block_size)
-        aside = some == list(range(some[0], some[0] + len(some)))
-        if aside and not call.batch_invariant:  # where rows lie may change how a GEMM sums
-            rows = cache[some[0] : some[0] + len(some)].flatten(0, 1)[begin:tokens]
-            yield rows if rows.dtype == buffer.dtype else buffer[begin:tokens].copy_(rows)
-            continue
-        for start, page in zip(range(0, tokens, block_size), some):
-            stop = min(tokens, start + block_size)
-            start, offset = max(start, begin), max(0, begin - start)
-            if start < stop:
-                buffer[start:stop].copy_(cache[page, offset : offset + stop - start])
-        yield buffer[begin:tokens]
-
-
-def _selected_rows(selection: Selection, n: int) -> Iterator[Tensor]:
-    """The rows that one query attends to, in float32 pieces."""
-    slots = selection.slots[n, : max(0, int(selection.counts[n]))]
-    slots = slots[(slots >= 0) & (slots < selection.room)]
-    return _stored_rows(selection.pages.detach(), selection.cache_format, slots)
-
-
-def _stored_rows(pages: Tensor, cache_format: CacheFormat, slots: Tensor) -> Iterator[Tensor]:
-    """The rows at ``slots`` in float32 pieces ``[tokens, row]``, each valid until the next."""
-    buffer = torch.empty(min(CHUNK, len(slots)), cache_format.width)
-    for first in range(0, len(slots), CHUNK):
-        some = slots[first : first + CHUNK]
-        yield cache_format.read_into(buffer[: len(some)], pages, some)
+    return first, (stop - window, stop)
 
 
 def _attend(
     q: Tensor,
     out: Tensor,
     lse: Tensor,
-    chunks: Iterator[Tensor],
+    pieces: Iterator[Tensor],
+    softmax_scale: float,
+    soft_cap: float = 0.0,
     visible: tuple[Tensor, Tensor] | None = None,
     first: int = 0,
-    soft_cap: float = 0.0,
     top: Tensor | None = None,
 ) -> None:
-    """Online softmax over the chunks of one sequence and kv head; fills ``out`` and ``lse``.
+    """Online softmax over the rows of one sequence and kv head; fills ``out`` and ``lse``.
 
-    Without any chunk it leaves them as they are.
+    Without any piece it leaves them as they are.
 
     Args:
-        q: scaled queries ``[rows, W]``, every one of which sees some key.
+        q: queries ``[rows, W]``, every one of which sees some key.
         out: ``[rows, C]``, float32.
         lse: ``[rows, 1]``, float32.
-        chunks: float32 cache rows ``[tokens, row]``, in order.
-        visible: first key each row sees and the one after its last; None for all.
-        first: number of the first key in the chunks.
+        pieces: cache rows ``[tokens, row]`` in q's dtype, in order.
+        softmax_scale: as in DenseCall.
         soft_cap: as in DenseCall.
+        visible: first key each row sees and the one after its last; None for all.
+        first: number of the first key in the pieces.
         top: gets each row's largest score, ``[rows, 1]``, float32.
     """
     width, rank = q.shape[1], out.shape[1]
     peak = total = torch.empty(0)
     start = first
-    for rows in chunks:
+    for rows in pieces:
         stop = start + rows.shape[0]
-        scores = torch.mm(q, rows[:, rows.shape[1] - width :].T)
+        scores = _products(q, rows[:, rows.shape[1] - width :].T)
         if soft_cap:
-            scores.tanh_().mul_(soft_cap / math.log(2.0))
+            scores.mul_(softmax_scale / soft_cap).tanh_().mul_(soft_cap / math.log(2.0))
+        else:
+            scores.mul_(softmax_scale / math.log(2.0))
         if visible is not None:
             key = torch.arange(start, stop)
             scores.masked_fill_((key < visible[0]) | (key >= visible[1]), -math.inf)
         new_peak = scores.amax(1, keepdim=True)
-        if visible is not None:  # a row may see nothing of this chunk
+        if visible is not None:  # a row may see nothing of this piece
             new_peak.clamp_min_(LOWEST)
-        if start == first:
-            weights = scores.sub_(new_peak).exp2_()
-            total = weights.sum(1, keepdim=True)
-            torch.mm(weights, rows[:, :rank], out=out)
-        else:
+        if start > first:
             new_peak = torch.maximum(peak, new_peak)
             rescale = peak.sub_(new_peak).exp2_()
-            weights = scores.sub_(new_peak).exp2_()
-            total.mul_(rescale).add_(weights.sum(1, keepdim=True))
-            out.mul_(rescale).addmm_(weights, rows[:, :rank])
+            out.mul_(rescale)
+            total.mul_(rescale)
+        weights = scores.sub_(new_peak).exp2_()
+        sums = weights.sum(1, keepdim=True)
+        total = total.add_(sums) if start > first else sums
+        if q.dtype == torch.float32:
+            out.addmm_(weights, rows[:, :rank])
+        else:
+            out.add_(torch.mm(weights.to(q.dtype), rows[:, :rank]))
         peak, start = new_peak, stop
     if start == first:
         return
@@ -237,6 +176,17 @@ def _attend(
         torch.mul(peak, math.log(2.0), out=top)
     out.div_(total)
     torch.mul(peak.add_(total.log2_()), math.log(2.0), out=lse)
+
+
+def _products(q: Tensor, keys: Tensor) -> Tensor:
+    """``q keys`` in float32; of bfloat16 numbers to 2^-17, the rounding error of a rounding error.
+
+    torch sums products of bfloat16 numbers in float32, and rounds the sum.
+    """
+    if q.dtype == torch.float32:
+        return torch.mm(q, keys)
+    rounded = torch.mm(q, keys)
+    return rounded.float().add_(torch.addmm(rounded, q, keys, beta=-1))
 
 
 def _run(task: Callable[[int], None], jobs: list[int], flops: int, *, one_thread: bool) -> None:

@@ -162,20 +162,24 @@ def producer(descriptors, job, tiles, bars):
 
 
 @gluon.jit
-def multiply_keys(q_rope, phase, tiles, bars, SLOT: gl.constexpr, SCORES: gl.constexpr):
-    """Start the scores of a page; its left and rope columns come first, its right ones later."""
-    left, right = opaque(0), opaque(1)
+def begin_scores(q_rope, phase, tiles, bars, SLOT: gl.constexpr, SCORES: gl.constexpr):
+    """Start on the scores of a page with its left and rope columns, which come first."""
     slot = opaque(SLOT)
     s = gl.zeros([ROWS, PAGE], gl.float32, SCORES)
     mbarrier.wait(bars.left_full.index(SLOT), phase)
     key = tiles.left.index(slot).permute((1, 0))
-    s = warpgroup_mma(tiles.q.index(left), key, s, use_acc=False, is_async=True)
+    s = warpgroup_mma(tiles.q.index(opaque(0)), key, s, use_acc=False, is_async=True)
     key = tiles.rope.index(slot).permute((1, 0))
-    s = warpgroup_mma(q_rope, key, s, is_async=True)
+    return warpgroup_mma(q_rope, key, s, is_async=True)
+
+
+@gluon.jit
+def finish_scores(s, phase, tiles, bars, SLOT: gl.constexpr):
+    """Add the right columns."""
     mbarrier.wait(bars.right_full.index(SLOT), phase)
-    key = tiles.right.index(slot).permute((1, 0))
-    s = warpgroup_mma(tiles.q.index(right), key, s, is_async=True)
-    return s
+    key = tiles.right.index(opaque(SLOT)).permute((1, 0))
+    s = warpgroup_mma(tiles.q.index(opaque(1)), key, s, is_async=True)
+    return warpgroup_mma_wait(0, deps=[s])
 
 
 @gluon.jit
@@ -215,10 +219,12 @@ def even_step(
     product = warpgroup_mma(tiles.p.index(odd), tiles.left.index(odd), o, is_async=True)
     if LAST:
         o = warpgroup_mma_wait(0, deps=[product])
+        mbarrier.arrive(bars.left_free.index(1), count=1)
     else:
-        scores = multiply_keys(q_rope, phase ^ 1, tiles, bars, 0, SCORES)
-        o, s = warpgroup_mma_wait(0, deps=[product, scores])
-    mbarrier.arrive(bars.left_free.index(1), count=1)
+        s = begin_scores(q_rope, phase ^ 1, tiles, bars, 0, SCORES)
+        o = warpgroup_mma_wait(2, deps=[product])  # while the two products of the scores go on
+        mbarrier.arrive(bars.left_free.index(1), count=1)
+        s = finish_scores(s, phase ^ 1, tiles, bars, 0)
     return o, l, m, s
 
 
@@ -241,8 +247,8 @@ def even_half(
         m = gl.full([ROWS], LOWEST, gl.float32, ROW)
         mbarrier.wait(bars.q_full, turn)
         q_rope = tiles.p.index(1).load(gl.DotOperandLayout(0, SCORES, 2))
-        scores = multiply_keys(q_rope, step & 1, tiles, bars, 0, SCORES)
-        s = warpgroup_mma_wait(0, deps=[scores])
+        s = begin_scores(q_rope, step & 1, tiles, bars, 0, SCORES)
+        s = finish_scores(s, step & 1, tiles, bars, 0)
         for page in range(item.first, item.stop - 2, 2):
             o, l, m, s = even_step(
                 o, l, m, s, page, step & 1, q_rope, border, edge, item, job.scale, tiles, bars,
@@ -273,8 +279,8 @@ def odd_step(
     ROW: gl.constexpr = gl.SliceLayout(1, RESULT)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     even, odd = opaque(0), opaque(1)
-    scores = multiply_keys(q_rope, phase, tiles, bars, 1, SCORES)
-    s = warpgroup_mma_wait(0, deps=[scores])
+    s = begin_scores(q_rope, phase, tiles, bars, 1, SCORES)
+    s = finish_scores(s, phase, tiles, bars, 1)
     s = hide(s * scale, border, edge, (page + 1) * PAGE, SCORES)
     peak = gl.max(s, 1)
     mbarrier.wait(bars.max_even, phase)
@@ -295,9 +301,10 @@ def odd_step(
     product = warpgroup_mma(weights, tiles.right.index(odd), o, is_async=True)
     mbarrier.wait(bars.weight_even, phase)
     product = warpgroup_mma(tiles.p.index(even), tiles.right.index(even), product, is_async=True)
+    product = warpgroup_mma_wait(1, deps=[product])  # the first of the two
+    mbarrier.arrive(bars.right_free.index(1), count=1)
     o = warpgroup_mma_wait(0, deps=[product])
     mbarrier.arrive(bars.right_free.index(0), count=1)
-    mbarrier.arrive(bars.right_free.index(1), count=1)
     return o, l, m_odd
 
 

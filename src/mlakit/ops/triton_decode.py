@@ -1,4 +1,4 @@
-"""The Triton path: any GPU that Triton compiles for, any head count, rank and page size.
+"""The Triton path: any GPU that Triton compiles for, any heads, rank, page size and cache format.
 
 Nothing here waits for the device or reads a length on the host: how a sequence is cut is computed
 by a kernel, and the grid depends on shapes only, so a CUDA graph captures the call. Imported when
@@ -9,64 +9,75 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from mlakit.ops.cache_format import PLAIN, QUANTISED, CacheFormat
 from mlakit.ops.call import DenseCall, SparseCall
-from mlakit.ops.triton_kernels import attend, combine, plan
+from mlakit.ops.triton_kernels import attend, combine
+from mlakit.ops.triton_plan import plan
+from mlakit.ops.triton_rows import Layout
+from mlakit.ops.triton_tiles import Tile, choose_tile
 
 WAVES = 2
 """Items per processor to aim for; more even out the load, fewer spare partial results."""
 
-STAGES = {
-    "sm_80": (4, 4),
-    "sm_90": (5, 5),
-    "sm_100": (5, 5),
-    "sm_103": (5, 5),
-    "hip": (2, 0),
-    "other": (2, 2),
-}
-"""Stages that shared memory holds of 32 tokens of 640 columns, with 16 and with 32 query rows.
+PIECES, LEAST = 16, 512
+"""With batch invariance, a sequence is cut into so many items at most, of so many tokens at least.
 
-0: no tile of more than 16 rows, for want of registers. ``other`` are the cards with 99 KiB (sm_86,
-sm_89, sm_120) and what is not known yet.
+Then its own length alone says where it is cut.
 """
 
-PLAN_BLOCK, COMBINE_ITEMS = 256, 32
+LOG2_E = 1 / math.log(2.0)
+PLAN_LANES, COMBINE_ITEMS = 256, 32
+
+FUSION = {"enable_fp_fusion": True}
+"""Multiply-adds fused, whatever the version's default: Triton 3.10 switches them off, and the
+exponentials' arguments and the rescaling would take twice the instructions, rounded once more."""
 
 
 @dataclass(frozen=True)
-class Tile:
-    """What one program of ``attend`` holds, and how it is compiled.
+class _Rows:
+    """Cache rows of sequences: their memory, and for each sequence a line of a table and a length.
 
     Attributes:
-        rows: query rows.
-        tokens: cache rows per step.
-        values: value columns.
-        keys: key columns beside the value's, or per step where keys and values are apart.
-        shared: the value is the start of the key, and is loaded once.
-        warps: warps of the program.
-        stages: steps in flight.
+        pages: plain numbers, or bytes.
+        strides: of pages, tokens and kv heads, in units of ``layout.unit`` elements.
+        table: page numbers, or slots.
+        lengths: tokens of each sequence, or slots that count.
+        capacity: what a line of the table has room for.
+        layout: what is built into the kernel.
     """
 
-    rows: int
-    tokens: int
-    values: int
-    keys: int
-    shared: bool
-    warps: int
-    stages: int
+    pages: Tensor
+    strides: tuple[int, ...]
+    table: Tensor
+    lengths: Tensor
+    capacity: int
+    layout: Layout
+
+    @property
+    def room(self) -> int:
+        """Rows in the cache."""
+        return self.pages.shape[0] * self.layout.page
 
 
 def why_not(call: DenseCall | SparseCall) -> str:
     """Why these kernels cannot run a call; empty if they can."""
-    if isinstance(call, SparseCall):
-        return "it has no sparse attention"
-    if call.cache_format or call.sliding_window or call.soft_cap or call.batch_invariant:
-        return "it has no quantised caches, windows, caps and batch invariance"
-    return "it has no ragged queries" if call.cu_seqlens_q is not None else ""
+    if isinstance(call, DenseCall):
+        caches = [(call.k_cache, call.cache_format)]
+    else:
+        caches = [(some.pages, some.cache_format) for some in call.selections]
+    if len({cache_format for _, cache_format in caches}) > 1:
+        return "its two caches have different formats"
+    for pages, cache_format in caches:
+        quantised = cache_format is not None and cache_format.kind not in PLAIN
+        if quantised and any(n % 4 for n in (pages.data_ptr(), *pages.stride()[:2])):
+            return "its quantised tokens do not start at multiples of 4 bytes"
+    return ""
 
 
 def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
@@ -74,49 +85,159 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
 
     A length above what the table has room for counts as all of it.
     """
-    batch, queries, kv_lora_rank = call.batch_size, call.max_seqlen_q, call.kv_lora_rank
-    block_table, cache_seqlens = call.block_table, call.cache_seqlens
-    softmax_scale, causal = call.softmax_scale, call.causal
-    q, k_cache = call.q.detach().unflatten(0, (batch, queries)), call.k_cache.detach()
-    heads, width = q.shape[2:]
-    block_size, kv_heads, row = k_cache.shape[1:]
-    out = q.new_empty(batch, queries, heads, kv_lora_rank)
-    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    if not batch * queries:
-        return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+    block_size, kv_heads = call.k_cache.shape[1:3]
+    group = call.q.shape[1] // kv_heads
+    source = _rows(
+        call.k_cache, call.cache_format, call.kv_lora_rank, call.block_table, call.cache_seqlens,
+        call.block_table.shape[1] * block_size,
+    )  # fmt: skip
+    # Batch invariance: a tile that suits the queries of the batch's longest would depend on it.
+    rows = group if call.batch_invariant else group * call.max_seqlen_q
+    out, lse, _ = _launch(
+        call, [source], rows, call.batch_size, call.max_seqlen_q, kv_heads, False,
+        starts=call.cu_seqlens_q, causal=call.causal, window=call.sliding_window,
+        soft_cap=call.soft_cap,
+    )  # fmt: skip
+    return out, lse
+
+
+def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
+    """``mla_sparse_decode`` without the sink, and the largest score."""
+    sources = [
+        _rows(pages, cache_format, call.kv_lora_rank, slots, counts, slots.shape[1])
+        for pages, cache_format, slots, counts in call.selections
+    ]
+    queries, heads = call.q.shape[:2]
+    return _launch(call, sources, heads, queries, 1, 1, True)
+
+
+def _rows(
+    pages: Tensor,
+    cache_format: CacheFormat | None,
+    rank: int,
+    table: Tensor,
+    lengths: Tensor,
+    capacity: int,
+) -> _Rows:
+    """A cache as the kernels take it."""
+    pages = pages.detach()
+    page = pages.shape[1]
+    if cache_format is None or cache_format.kind in PLAIN:
+        strides = pages.stride()[:3]
+        unit = math.gcd(16, *strides)
+        layout = Layout("plain", page, pages.shape[3], rank, unit)
+    else:
+        pages = pages.view(torch.uint8)
+        values, *scales = cache_format._part_widths
+        codes = cache_format._code_bytes
+        strides = (pages.stride(0), values if scales else pages.stride(1), 0)
+        unit = math.gcd(16, *strides)
+        scale_bytes = QUANTISED[cache_format.kind].scale_dtype.itemsize * cache_format.groups
+        layout = Layout(
+            cache_format.kind, page, cache_format.width, cache_format.kv_lora_rank, unit,
+            cache_format.group, page * values if scales else codes, scales[0] if scales else 0,
+            codes if scales else codes + scale_bytes,
+        )  # fmt: skip
+    strides = tuple(stride // unit for stride in strides)
+    return _Rows(pages, strides, table.contiguous(), lengths.contiguous(), capacity, layout)
+
+
+def _launch(
+    call: DenseCall | SparseCall,
+    sources: list[_Rows],
+    rows: int,
+    batch: int,
+    queries: int,
+    kv_heads: int,
+    selected: bool,
+    *,
+    starts: Tensor | None = None,
+    causal: bool = False,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plan, attend and combine.
+
+    Args:
+        call: has the queries, the scale and the rank.
+        sources: one cache, or two that are attended to as one.
+        rows: query rows of a kv head that the tile is to suit.
+        batch: sequences.
+        queries: most queries of one sequence.
+        kv_heads: G.
+        selected: the tables hold slots.
+        starts: of ragged queries.
+        causal: see ``DenseCall``, also for the rest.
+        window: 0 for none.
+        soft_cap: 0.0 for none.
+    """
+    q, rank = call.q.detach(), call.kv_lora_rank
+    heads, width = q.shape[1:]
     group = heads // kv_heads
+    out = q.new_empty(len(q), heads, rank)
+    lse, top = q.new_empty(2, len(q), heads, dtype=torch.float32)
+    if not len(q):
+        return out, lse, top
     target, processors = _device(q.device)
-    aligned = not any(n % 16 for n in (k_cache.data_ptr(), *k_cache.stride()[:3]))
-    tile = choose_tile(target, q.dtype, queries * group, kv_lora_rank, width, row, aligned)
+    tile = _tile(q, sources, rows, rank, target)
     row_tiles = math.ceil(queries * group / tile.rows)
-    tiles = row_tiles * math.ceil(kv_lora_rank / tile.values) * kv_heads
+    tiles = row_tiles * kv_heads * (1 if tile.shared else math.ceil(rank / tile.values))
     parts = max(1, WAVES * processors // tiles)
-    capacity = block_table.shape[1] * block_size
-    items = min(batch + parts, batch * math.ceil(capacity / tile.tokens))
-    owner = q.new_empty(items, dtype=torch.int32)
-    first = q.new_empty(batch + 1, dtype=torch.int32)
-    partial_out = q.new_empty(items, heads * queries, kv_lora_rank, dtype=torch.float32)
-    partial_lse = q.new_empty(items, heads * queries, dtype=torch.float32)
+    blocks = sum(math.ceil(source.capacity / tile.tokens) for source in sources)
+    least = math.ceil(LEAST / tile.tokens)
+    if call.batch_invariant:
+        cuts = batch
+        items = batch * max(1, min(PIECES, math.ceil(blocks / least)))
+        slots = items
+    else:
+        cuts = min(batch, parts)
+        items = min(batch + parts, batch * max(1, blocks))
+        slots = min(items, 2 * parts)
+    schedule = q.new_empty(2 * batch + cuts + items + 2, dtype=torch.int32)
+    first, slot, cut, owner = schedule.split([batch + 1, batch, cuts + 1, items])
+    partial_out = q.new_empty(slots, heads * queries, rank, dtype=torch.float32)
+    partial_lse = q.new_empty(slots, heads * queries, 1 + selected, dtype=torch.float32)
+    one, two = sources[0], sources[-1]
+    ragged, extra = starts is not None, len(sources) > 1
+    starts = one.lengths if starts is None else starts.contiguous()
+    scale, cap = call.softmax_scale * LOG2_E, 0.0
+    if soft_cap:
+        scale, cap = call.softmax_scale / soft_cap, soft_cap * LOG2_E
     with torch.cuda.device_of(q):
         plan[(1,)](
-            cache_seqlens, first, owner, batch, parts, capacity, cache_seqlens.stride(0),
-            TOKENS=tile.tokens, BLOCK=PLAN_BLOCK,
+            one.lengths, two.lengths, starts, first, slot, cut, owner, batch, parts, queries,
+            window, one.capacity, two.capacity, TOKENS=tile.tokens, LANES=PLAN_LANES,
+            RAGGED=ragged, WINDOW=window > 0, EXTRA=extra,
+            PIECES=PIECES if call.batch_invariant else 0, LEAST=least, **FUSION,
         )  # fmt: skip
-        if items:
-            attend[(items * tiles,)](
-                q, k_cache, block_table, cache_seqlens, first, owner, out, lse, partial_out,
-                partial_lse, softmax_scale / math.log(2.0), batch, queries, group, kv_heads,
-                row_tiles, capacity, *q.stride()[:3], *k_cache.stride()[:3], *block_table.stride(),
-                cache_seqlens.stride(0), RANK=kv_lora_rank, WIDTH=width, KEY_START=row - width,
-                CAUSAL=causal, PAGE=block_size, SHARED=tile.shared, ROWS=tile.rows,
-                TOKENS=tile.tokens, VALUES=tile.values, KEYS=tile.keys,
-                num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
-        combine[(batch * queries * heads,)](
-            out, lse, partial_out, partial_lse, first, queries, heads, group,
-            RANK=kv_lora_rank, COLUMNS=triton.next_power_of_2(kv_lora_rank), ITEMS=COMBINE_ITEMS,
+        attend[(items * tiles,)](
+            q, out, lse, top, starts, first, slot, owner, partial_out, partial_lse,
+            one.pages, one.table, one.lengths, two.pages, two.table, two.lengths,
+            scale, cap, window, queries, group, kv_heads, row_tiles, batch,
+            one.capacity, one.room, two.capacity, two.room, *q.stride()[:2],
+            *one.strides, one.table.stride(0), *two.strides[:2], two.table.stride(0),
+            RANK=rank, WIDTH=width, CAUSAL=causal, WINDOW=window > 0, CAP=soft_cap > 0,
+            RAGGED=ragged, SLOTS=selected, LAYOUT=one.layout, EXTRA=two.layout if extra else None,
+            TILE=tile, num_warps=tile.warps, num_stages=tile.stages, **FUSION,
         )  # fmt: skip
-    return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        combine[(cuts * queries * heads,)](
+            out, lse, top, starts, first, slot, cut, partial_out, partial_lse, queries, heads,
+            group, RANK=rank, COLUMNS=triton.next_power_of_2(rank), ITEMS=COMBINE_ITEMS,
+            RAGGED=ragged, SLOTS=selected, **FUSION,
+        )  # fmt: skip
+    return out, lse, top
+
+
+def _tile(q: Tensor, sources: list[_Rows], rows: int, rank: int, target: str) -> Tile:
+    """The tile that suits ``rows`` query rows of a kv head and the memory of the caches."""
+    layout = sources[0].layout
+    aligned = not any(
+        source.pages.data_ptr() % 16 or source.layout.unit * source.pages.itemsize % 16
+        for source in sources
+    )
+    return choose_tile(
+        target, q.dtype, layout.kind, rows, rank, q.shape[2], layout.latent, layout.row, aligned
+    )
 
 
 def _device(device: torch.device) -> tuple[str, int]:
@@ -127,42 +248,3 @@ def _device(device: torch.device) -> tuple[str, int]:
     if torch.version.hip:
         return "hip", properties.multi_processor_count
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
-
-
-def choose_tile(
-    target: str, dtype: torch.dtype, rows: int, rank: int, width: int, row: int, aligned: bool
-) -> Tile:
-    """The tile for a target and a problem, from a fixed table: nothing is tuned at run time.
-
-    Every entry compiles without a register spill (``benchmarks/compile_kernels.py``) and fits the
-    target's shared memory.
-
-    Args:
-        target: ``sm_90``, ``hip`` ...
-        dtype: of q and the cache.
-        rows: query rows of a kv head, S H / G.
-        rank: value columns C.
-        width: score columns W.
-        row: columns of a cache row.
-        aligned: cache rows start at multiples of 16 bytes and 16 elements; loads of others take
-            registers instead of going to shared memory directly.
-    """
-    values, rest = _power(rank), width - rank
-    if dtype == torch.float32:  # without matrix instructions: small blocks
-        return Tile(16, 16, min(values, 256), min(_power(width), 64), False, 4, 2)
-    if not aligned or width < row or rank > 512 or rest > 128:
-        warps = 8 if values > 256 else 4
-        return Tile(16, 16, min(values, 1024), min(_power(width), 128), False, warps, 2)
-    keys = _power(rest) if rest else 0
-    few, many = STAGES.get(target, STAGES["other"])
-    if rows <= 16 or not many:
-        return Tile(16, 32, values, keys, True, 4, few)
-    if values <= 256:
-        tall = rows > 32
-        return Tile(64 if tall else 32, 32, values, keys, True, 8 if tall else 4, few)
-    return Tile(32, 32, values, keys, True, 8, many)
-
-
-def _power(columns: int) -> int:
-    """Columns a block needs: a power of two, and at least the 16 of a matrix instruction."""
-    return max(16, triton.next_power_of_2(columns))
