@@ -28,7 +28,7 @@ FILES = {
 }
 ORDER = ("cpu", "gluon", "triton", "torch")
 REASONS = {
-    "cpu": "tensors on the CPU: chunks in float32, one sequence per thread",
+    "cpu": "tensors on the CPU: a piece of the cache at a time, in its cores' caches",
     "gluon": "512 + 64 on Hopper: two warpgroups and a producer, written in Gluon",
     "triton": "tensors on a GPU: split sequences, compiled by Triton",
 }

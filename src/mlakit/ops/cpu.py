@@ -10,9 +10,7 @@ torch inlines ``exp2`` and calls a slower library for ``exp``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
 from functools import cache
 from itertools import chain
 
@@ -21,9 +19,6 @@ from torch import Tensor
 
 from mlakit.ops.call import DenseCall, SparseCall
 from mlakit.ops.cpu_rows import page_rows, selected_rows, used_pages
-
-THREAD_FLOPS = 1e8
-"""Work that pays for a Python thread, about 1 ms of one core."""
 
 LOWEST = -1e30
 """Stands for a largest score where there is none, without being infinite."""
@@ -36,7 +31,7 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
         UsageError: if a length or a page number points outside of the table or the cache, or
             ``cu_seqlens_q`` does not divide the queries.
     """
-    heads, width = call.q.shape[1:]
+    heads = call.q.shape[1]
     kv_heads = call.k_cache.shape[2]
     dtype = _precision(call.q.dtype if call.cache_format is None else torch.float32)
     q = call.q.detach().to(dtype).unflatten(1, (kv_heads, -1)).transpose(0, 1).contiguous()
@@ -44,29 +39,23 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
     lse = out.new_full((*q.shape[:3], 1), math.inf)
     pages, lengths, starts = used_pages(call), call.cache_seqlens.tolist(), call.query_starts()
 
-    def attend(sequence: int) -> None:
+    for sequence, length in enumerate(lengths):
         start, stop = starts[sequence : sequence + 2]
-        length = lengths[sequence]
         start = max(start, stop - length) if call.causal else start  # the first that sees a key
         if start == stop or not length:
-            return
+            continue
         first, visible = _visible(call, stop - start, length, heads // kv_heads)
         for g in range(kv_heads):
             at = (g, slice(start, stop))
             rows, outs, levels = (x[at].flatten(0, 1) for x in (q, out, lse))
             pieces = page_rows(call, g, pages[sequence], first, length, dtype)
             _attend(rows, outs, levels, pieces, call.softmax_scale, call.soft_cap, visible, first)
-
-    flops = 2 * heads * (width + call.kv_lora_rank)
-    flops *= sum((starts[b + 1] - starts[b]) * length for b, length in enumerate(lengths))
-    longest_first = sorted(range(call.batch_size), key=lambda sequence: -lengths[sequence])
-    _run(attend, longest_first, flops, one_thread=call.batch_invariant)
     return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1)
 
 
 def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
     """``mla_sparse_decode`` for CPU tensors of at most 32 bits, and the largest score."""
-    queries, heads, width = call.q.shape
+    queries, heads = call.q.shape[:2]
     plain = all(selection.pages.dtype == call.q.dtype for selection in call.selections)
     dtype = _precision(call.q.dtype if plain else torch.float32)
     q = call.q.detach().to(dtype)
@@ -74,13 +63,9 @@ def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
     lse = out.new_full((queries, heads, 1), math.inf)
     top = out.new_full((queries, heads, 1), -math.inf)
 
-    def attend(n: int) -> None:
+    for n in range(queries):
         pieces = chain.from_iterable(selected_rows(some, n, dtype) for some in call.selections)
         _attend(q[n], out[n], lse[n], pieces, call.softmax_scale, top=top[n])
-
-    rows = sum(selection.slots.shape[1] for selection in call.selections)
-    flops = 2 * queries * heads * (width + call.kv_lora_rank) * rows
-    _run(attend, list(range(queries)), flops, one_thread=call.batch_invariant)
     return out, lse[..., 0], top[..., 0]
 
 
@@ -187,44 +172,3 @@ def _products(q: Tensor, keys: Tensor) -> Tensor:
         return torch.mm(q, keys)
     rounded = torch.mm(q, keys)
     return rounded.float().add_(torch.addmm(rounded, q, keys, beta=-1))
-
-
-def _run(task: Callable[[int], None], jobs: list[int], flops: int, *, one_thread: bool) -> None:
-    """Do the jobs, one torch thread each on several Python threads where their work pays for them.
-
-    Torch lets go of the interpreter lock inside its operators, so sequences run side by side
-    without the barrier that several torch threads on one small product wait at (on a busy machine
-    it costs far more than the product).
-
-    Args:
-        task: what to do, once for each of the jobs.
-        jobs: its arguments.
-        flops: work in all of them.
-        one_thread: each job on one torch thread, however few there are.
-    """
-    threads = min(torch.get_num_threads(), len(jobs), int(flops / THREAD_FLOPS))
-    if threads < 2:
-        with _one_torch_thread() if one_thread else nullcontext():
-            for job in jobs:
-                task(job)
-        return
-    inference = torch.is_inference_mode_enabled()
-
-    def alone(job: int) -> None:  # grad and inference mode are per thread
-        with torch.inference_mode(inference), torch.no_grad():
-            task(job)
-
-    pool = ThreadPoolExecutor(threads, "mla", torch.set_num_threads, (1,))
-    with _one_torch_thread(), pool:
-        list(pool.map(alone, jobs))
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Keep torch's operators on one thread, here and in Python threads born meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -22,7 +22,7 @@ pages, with s the scores, m the running maximum, p the weights:
 ====  =============================================  =============================================
 
 Shared memory: queries 72 KiB; two pages, each as left, right (256 columns) and rope (64), 144 KiB;
-p0 8 KiB; p1 lives where the queries' rope columns were, which both halves hold in registers by then.
+p0 8 KiB; p1 lives where the queries' rope columns were, which both halves have in registers then.
 Barriers of page i: ``left_full[i]`` (left and rope) and ``right_full[i]``, by the accelerator;
 ``left_free[i]`` by even_half after its last product with left, when all scores that need left and
 rope are long there, and ``right_free[i]`` by odd_half likewise. Each completes once per step, the
@@ -123,18 +123,28 @@ def hide(s, border, edge, start, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def fetch_page(descriptors, job, item, page, column, phase, tiles, bars, SLOT: gl.constexpr):
-    """Fetch a page of the item once its place is free; past the end, the last page again."""
+def page_row(job, item, page):
+    """Where a page of the item starts among the cache's rows; past the end, its last page again."""
     entry = item.sequence.to(gl.int64) * job.table_stride
     entry += gl.minimum(page, item.stop - 1) * job.entry_stride
-    row = gl.load(job.table + entry) * job.page_rows
-    mbarrier.wait(bars.left_free.index(SLOT), phase)
+    return gl.load(job.table + entry) * job.page_rows
+
+
+@gluon.jit
+def fetch_left(descriptors, row, column, phase, tiles, bars, SLOT: gl.constexpr):
+    """Fetch a page's left and rope columns once their place is free."""
     full = bars.left_full.index(SLOT)
+    mbarrier.wait(bars.left_free.index(SLOT), phase)
     mbarrier.expect(full, PAGE * (HALF + ROPE) * 2)
     tma_load(descriptors.cache_half, [row, column], full, tiles.left.index(SLOT))
     tma_load(descriptors.cache_rope, [row, column + RANK], full, tiles.rope.index(SLOT))
-    mbarrier.wait(bars.right_free.index(SLOT), phase)
+
+
+@gluon.jit
+def fetch_right(descriptors, row, column, phase, tiles, bars, SLOT: gl.constexpr):
+    """Fetch a page's right columns once their place is free."""
     full = bars.right_full.index(SLOT)
+    mbarrier.wait(bars.right_free.index(SLOT), phase)
     mbarrier.expect(full, PAGE * HALF * 2)
     tma_load(descriptors.cache_half, [row, column + HALF], full, tiles.right.index(SLOT))
 
@@ -156,8 +166,12 @@ def producer(descriptors, job, tiles, bars):
         tma_load(descriptors.q_rope, [row, RANK], bars.q_full, tiles.p.index(1))
         for page in range(item.first, item.stop, 2):
             phase = (step & 1) ^ 1
-            fetch_page(descriptors, job, item, page, column, phase, tiles, bars, 0)
-            fetch_page(descriptors, job, item, page + 1, column, phase, tiles, bars, 1)
+            even, odd = page_row(job, item, page), page_row(job, item, page + 1)
+            # In the order in which the places become free.
+            fetch_left(descriptors, even, column, phase, tiles, bars, 0)
+            fetch_left(descriptors, odd, column, phase, tiles, bars, 1)
+            fetch_right(descriptors, odd, column, phase, tiles, bars, 1)
+            fetch_right(descriptors, even, column, phase, tiles, bars, 0)
             step += 1
 
 

@@ -166,8 +166,8 @@ def attend(
         dtype: tl.constexpr = out.dtype.element_ty
         tl.store(out + at[:, None] * RANK + value_column, blend.to(dtype), store)
         if RANK > VALUES:
-            rest_at = out + at[:, None] * RANK + VALUES + rest
-            tl.store(rest_at, (blend_rest / divisor).to(dtype), store_rest)
+            rest_out = (blend_rest / divisor).to(dtype)
+            tl.store(out + at[:, None] * RANK + VALUES + rest, rest_out, store_rest)
         level = tl.where(empty, float("inf"), level * 0.6931471805599453)
         if lse_here:
             tl.store(lse + at, level, real)
@@ -178,8 +178,8 @@ def attend(
         at = (place * kv_heads + kv_head).to(tl.int64) * queries * group + row
         tl.store(partial_out + at[:, None] * RANK + value_column, blend, store)
         if RANK > VALUES:
-            rest_at = partial_out + at[:, None] * RANK + VALUES + rest
-            tl.store(rest_at, blend_rest / divisor, store_rest)
+            rest_place = at[:, None] * RANK + VALUES + rest
+            tl.store(partial_out + rest_place, blend_rest / divisor, store_rest)
         if lse_here:
             if SLOTS:
                 tl.store(partial_lse + 2 * at, level, real)
