@@ -209,7 +209,10 @@ class Shared:
 
 
 class Product:
-    """An asynchronous matrix product, ``a b + accumulator``, which happens later."""
+    """An asynchronous matrix product, ``a b + accumulator``, which happens later.
+
+    All that it can be used for before it is waited for is another product's accumulator.
+    """
 
     def __init__(self, machine: Machine, a: Any, b: Shared, accumulator: Any, use: bool) -> None:
         self.machine, self.operands = machine, (a, b, accumulator if use else None)
@@ -382,10 +385,7 @@ def hopper(machine: Machine) -> dict[str, Any]:
         products = machine.current.products
         while len(products) > outstanding:
             products.pop(0).happen()
-        for product in deps:
-            if product in products:
-                raise ProtocolError("a product is used that may not have happened")
-        values = tuple(product.value for product in deps)
+        values = tuple(each if any(each is p for p in products) else _value(each) for each in deps)
         return values if len(values) > 1 else values[0]
 
     def fence() -> None:
@@ -474,44 +474,50 @@ def _argument(value: Any) -> Any:
     return value
 
 
+def _value(result: Any) -> torch.Tensor:
+    """What a product is once it has happened."""
+    return result.value if isinstance(result, Product) else result
+
+
 def _programs(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
     indices = torch.cartesian_prod(*(torch.arange(n) for n in grid)).view(-1, len(grid))
     return [tuple(index) for index in indices.tolist()]
 
 
-WAITING = ("mbarrier.wait", "mbarrier.arrive", "fence_async_shared")
+WAITING = ("mbarrier.wait", "mbarrier.arrive", "fence_async_shared", "warpgroup_mma_wait")
 
 
 def rules(function: JITFunction) -> list[str]:
-    """The statements of a function by which it waits, arrives or fences, in order."""
-    return [ast.unparse(node) for node in _rules(_tree(function))]
+    """The calls by which a function waits, arrives or fences."""
+    return [ast.unparse(call) for call in _rules(_tree(function))]
 
 
 def without(function: JITFunction, number: int) -> dict[str, types.CodeType]:
-    """A function without one of its ``rules``, as ``Emulated`` takes it."""
-    tree = _tree(function)
-    _rules(tree)[number].value = ast.Constant(None)
+    """A function without one of its ``rules``, as ``Emulated`` takes it.
+
+    A wait for matrix products waits for one product less.
+    """
+    tree = ast.Module([_tree(function)], [])
+    call = _rules(tree)[number]
+    if ast.unparse(call.func) == "warpgroup_mma_wait":
+        call.args[0] = ast.BinOp(call.args[0], ast.Add(), ast.Constant(1))
+    else:
+        call.func, call.args, call.keywords = ast.Name("dict", ast.Load()), [], []
     module = compile(ast.fix_missing_locations(tree), "edited", "exec", dont_inherit=True)
     (code,) = (part for part in module.co_consts if isinstance(part, types.CodeType))
     return {function.fn.__name__: code}
 
 
-def _tree(function: JITFunction) -> ast.Module:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn)))
-    definition = tree.body[0]
+def _tree(function: JITFunction) -> ast.FunctionDef:
+    """A function without decorators and annotations."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(function.fn))).body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list = []
-    definition.returns = None
     for argument in definition.args.args:
         argument.annotation = None
-    return tree
+    return definition
 
 
-def _rules(tree: ast.Module) -> list[ast.Expr]:
-    return [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Call)
-        and ast.unparse(node.value.func) in WAITING
-    ]
+def _rules(tree: ast.AST) -> list[ast.Call]:
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [call for call in calls if ast.unparse(call.func) in WAITING]

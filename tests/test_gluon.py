@@ -154,7 +154,7 @@ def test_the_plan_covers_every_step_once(parts, fixed):
     for b, (start, stop) in enumerate(zip(first.tolist(), first.tolist()[1:])):
         bounds = [begin for sequence, begin, *_ in items[start:stop].tolist() if sequence == b]
         ends = items[start:stop, 2].tolist()
-        assert bounds + [steps[b]] == [0, *ends] and len(bounds) == stop - start
+        assert [*bounds, steps[b]] == [0, *ends] and len(bounds) == stop - start
         assert all(whole == (stop - start == 1) for whole in items[start:stop, 3].tolist())
         assert all(begin < end for begin, end in zip(bounds, ends))
     assert part_items[0] == 0 and part_items[-1] == first[-1]
@@ -166,14 +166,14 @@ def test_the_plan_covers_every_step_once(parts, fixed):
 
 RULES = [
     (module, name, number)
-    for module, names in (
-        (gluon_seesaw, ("fetch_page", "producer", "multiply_keys", "even_step", "even_half",
-                        "odd_step", "odd_half", "clear")),
-        (gluon_swapped, ("producer", "step", "consumer")),
-    )
-    for name in names
+    for module, names in {
+        gluon_seesaw: "fetch_left fetch_right producer begin_scores finish_scores even_step "
+        "even_half odd_step odd_half clear",
+        gluon_swapped: "producer step consumer",
+    }.items()
+    for name in names.split()
     for number in range(len(rules(getattr(module, name))))
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("module", "name", "number"), RULES)
@@ -184,7 +184,7 @@ def test_every_rule_is_needed(run, module, name, number):
     call = problem([700, 70, 0, 390, 1, 64], heads, dtype=BF16).call
     want = torch_decode.decode(call)
     edited = without(getattr(module, name), number)
-    with pytest.raises((ProtocolError, AssertionError)):
+    with pytest.raises((ProtocolError, AssertionError, TypeError)):  # TypeError: no result yet
         for seed in range(50):
             assert_close(run(call, seed, 2, edited), want, **SIXTEEN_BITS)
 
