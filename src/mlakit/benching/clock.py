@@ -16,6 +16,11 @@ from mlakit.errors import MlakitError
 FLUSH_FACTOR = 4
 """Times the size of the device's L2 cache that is written between two runs."""
 
+PATIENCE = 3.0
+"""Seconds after which a shape gets no further rounds."""
+
+FEWEST_ROUNDS = 3
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -96,10 +101,14 @@ class Clock:
     def in_turn(self, runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
         """Times each of several functions once per round, after a round to warm up.
 
-        Taking turns spreads what else the machine does over all of them.
+        Taking turns spreads what else the machine does over all of them. After ``PATIENCE`` and
+        ``FEWEST_ROUNDS`` there are no more rounds.
         """
         seconds: dict[str, list[float]] = {name: [] for name in runs}
+        start = time.perf_counter()
         for turn in range(rounds + 1):
+            if turn > FEWEST_ROUNDS and time.perf_counter() - start > PATIENCE:
+                break
             for name, run in runs.items():
                 spent = self.once(run)
                 if turn:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -156,22 +155,26 @@ def make_problem(shape: Shape, device: torch.device, *, poison: bool = False) ->
     lengths, size = shape.lengths, shape.page_size
     used = [math.ceil(length / size) for length in lengths]
     blocks, widest = max(1, sum(used)), max(1, *used)
-    order = torch.randperm(blocks, generator=generator, device=device).int()
+    order = torch.randperm(blocks, generator=generator, device=device).cpu()
     table = torch.full((shape.batch, widest), GARBAGE if poison else 0, dtype=torch.int32)
-    place = 0
-    for b, count in enumerate(used):
-        table[b, :count] = order[place : place + count].cpu()
+    offset, written, place = torch.arange(size), [], 0
+    for b, (count, length) in enumerate(zip(used, lengths)):
+        mine = order[place : place + count]
+        table[b, :count] = mine
+        slots = (mine[:, None] * size + offset).flatten()
+        written.append(slots[:length] if poison else slots)
         place += count
     stored = shape.stored
     quantised = stored if shape.cache_format else None
     pages = stored.allocate(blocks, size, device)
-    for slots, rows in _rows(stored, blocks * size, shape.torch_dtype, generator, device):
+    if poison:
+        pages.fill_(255 if quantised else math.nan)
+    for slots in torch.cat(written).to(device).split(FILL_ROWS):
+        rows = _numbers((len(slots), stored.width), shape, generator, device)
         if quantised:
             stored.append(pages, slots, rows)
         else:
             pages.view(-1, stored.width)[slots] = rows
-    if poison:
-        _poison(pages, table, lengths, quantised is not None)
     q = _numbers((shape.batch, shape.queries, shape.heads, shape.width), shape, generator, device)
     return Problem(
         shape,
@@ -188,29 +191,3 @@ def _numbers(
 ) -> Tensor:
     values = torch.randn(size, generator=generator, device=device, dtype=shape.torch_dtype)
     return values.div_(10).clamp_(-1, 1)
-
-
-def _rows(
-    stored: CacheFormat,
-    count: int,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Slots and the random rows that go there, some at a time."""
-    for start in range(0, count, FILL_ROWS):
-        slots = torch.arange(start, min(count, start + FILL_ROWS), device=device)
-        size = (len(slots), stored.width)
-        rows = torch.randn(size, generator=generator, device=device, dtype=dtype)
-        yield slots, rows.div_(10).clamp_(-1, 1)
-
-
-def _poison(pages: Tensor, table: Tensor, lengths: list[int], quantised: bool) -> None:
-    """Overwrites what no sequence uses of its last page; other pages are used whole."""
-    size = pages.shape[1]
-    for b, length in enumerate(lengths):
-        rest = length % size
-        if rest:
-            pages[int(table[b, length // size]), rest:] = 255 if quantised else math.nan
-    if not sum(lengths):
-        pages.fill_(255 if quantised else math.nan)

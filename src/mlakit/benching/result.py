@@ -86,6 +86,20 @@ class ShapeResult:
         }
         return {**asdict(self), "shape": {**asdict(self.shape), **counts}}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ShapeResult:
+        """The inverse of ``as_dict``."""
+        shape = {key: values["shape"][key] for key in asdict(Shape(1, 1, 1))}
+        points = []
+        for point in values["points"]:
+            device = point["kernels"]
+            if device:
+                both = (Timing(**device["together"]), Timing(**device["longest"]))
+                device = KernelTiming(*both, device["name"])
+            points.append(Point(**{**point, "whole": Timing(**point["whole"]), "kernels": device}))
+        missing = tuple(Missing(**entry) for entry in values["missing"])
+        return cls(Shape(**shape), tuple(points), missing, values["matmul_tflops"])
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -120,9 +134,17 @@ class Bench:
 
     @property
     def failures(self) -> list[str]:
-        """What was wrong or broke, one line each."""
+        """Where one of our own implementations was wrong or broke, one line each."""
+        return [line for name, line in self._failed() if name in self.settings["kernels"]]
+
+    @property
+    def failed_rivals(self) -> list[str]:
+        """The same of the others'."""
+        return [line for name, line in self._failed() if name not in self.settings["kernels"]]
+
+    def _failed(self) -> list[tuple[str, str]]:
         return [
-            f"{missing.contender} at {found.shape.label}: {missing.reason}"
+            (missing.contender, f"{missing.contender} at {found.shape.label}: {missing.reason}")
             for found in self.shapes
             for missing in found.missing
             if missing.failed

@@ -226,14 +226,14 @@ def _notes(batch: int, rounds: int, on_cuda: bool) -> tuple[str, ...]:
     counted = "FLOP = 2 B S H mean(T) (W + C), bytes = queries + cache rows + outputs, once each"
     if on_cuda:
         timed = (
-            f"medians of {rounds} runs in turn, L2 cache overwritten between them; whole call by "
-            "device events; kernel: device time of all kernels of a call, planning and combine "
-            "included; main kernel: the longest alone, as FlashMLA's tests count; rivals' "
+            f"medians of up to {rounds} runs in turn, L2 cache overwritten between them; whole "
+            "call by device events; kernel: device time of all kernels of a call, planning and "
+            "combine included; main kernel: the longest alone, as FlashMLA's tests count; rivals' "
             "schedules are made beforehand, ours is part of the call"
         )
     else:
         timed = (
-            f"batch {batch}; medians of {rounds} runs in turn, wall clock, caches not flushed; the "
-            "roof is a matrix product that takes its turn among them"
+            f"batch {batch}; medians of up to {rounds} runs in turn, wall clock, caches not "
+            "flushed; the roof is a matrix product that takes its turn among them"
         )
     return (counted, timed)

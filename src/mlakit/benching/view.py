@@ -68,7 +68,7 @@ def footnotes(done: Bench) -> list[str]:
         *done.notes,
     ]
     lines += [f"not here: {name}: {reason}" for name, reason in done.absences.items()]
-    lines += [f"FAILED: {failure}" for failure in done.failures]
+    lines += [f"FAILED: {failure}" for failure in [*done.failures, *done.failed_rivals]]
     for known in done.published:
         figures = [f"{known['tflops']} TFLOPS"] if known["tflops"] else []
         figures += [f"{known['gb_per_s']} GB/s"] if known["gb_per_s"] else []

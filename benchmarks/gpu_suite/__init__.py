@@ -1,0 +1,1 @@
+"""Right, fast, end to end: everything that needs a GPU, in one command of under eight minutes."""
