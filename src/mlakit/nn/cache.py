@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mlakit.errors import MlakitError, UsageError
+from mlakit.ops.cache_format import PLAIN, CacheFormat, slots_of
 from mlakit.spec import BLOCK_SIZE, AttentionSpec
 
 
@@ -17,8 +18,10 @@ class LatentLayer(CacheLayerMixin):
     """One layer's pages; lengths and block table live in the LatentCache, once for all layers.
 
     Attributes:
-        pages: ``[num_blocks, P, 1, W]``; a row is ``[c_kv | k_rope]`` of one token. Rows that no
-            token has written hold anything.
+        pages: ``[num_blocks, P, 1, W]``, or bytes of a quantised format; a row is
+            ``[c_kv | k_rope]`` of one token. Rows that no token has written hold anything.
+        cache_format: how the pages hold their tokens.
+        dtype: of rows that are read back.
         columns: tokens this layer has been given, padding included.
     """
 
@@ -26,14 +29,22 @@ class LatentLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, cache: LatentCache, index: int, pages: Tensor, kv_lora_rank: int) -> None:
+    def __init__(
+        self, cache: LatentCache, index: int, cache_format: CacheFormat, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.cache = cache
         self.index = index
-        self.pages = pages
-        self.kv_lora_rank = kv_lora_rank
+        self.cache_format = cache_format
+        self.dtype = dtype
+        self.pages = self.new_pages()
         self.columns = 0
         self.is_initialized = True
+
+    def new_pages(self) -> Tensor:
+        """Pages for every entry of the block table, not initialised."""
+        table = self.cache.block_table
+        return self.cache_format.allocate(table.numel(), self.cache.block_size, table.device)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The pages exist from the start."""
@@ -54,7 +65,8 @@ class LatentLayer(CacheLayerMixin):
         """
         self.cache.append(self.index, torch.cat((key_states, value_states), dim=-1)[:, 0])
         rows = self.cache.read(self.index, self.columns).unsqueeze(1)
-        return rows[..., : self.kv_lora_rank], rows[..., self.kv_lora_rank :]
+        rank = self.cache_format.kv_lora_rank
+        return rows[..., :rank], rows[..., rank:]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the mask for ``query_length`` new tokens, and the first one's number."""
@@ -89,12 +101,14 @@ class LatentCache(Cache):
         specs: one latent AttentionSpec per layer.
         batch_size: B.
         max_length: tokens a sequence can hold.
-        dtype: dtype of the pages, the model's own.
+        dtype: the model's own; of the pages too, unless ``cache_format`` says otherwise.
         device: where the pages live.
         block_size: P, tokens per page.
+        cache_format: a kind of ``CacheFormat``: ``fp8``, ``model1``, ``int8`` or ``int4`` quantise
+            the latent and keep the rotary part in bfloat16; ``bf16`` and so on only store.
 
     Raises:
-        UsageError: a layer caches keys and values, or a size is below 1.
+        UsageError: a layer caches keys and values, the format is unknown, or a size is below 1.
     """
 
     layers: list[LatentLayer]  # type: ignore[assignment]
@@ -108,6 +122,7 @@ class LatentCache(Cache):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         block_size: int = BLOCK_SIZE,
+        cache_format: str | None = None,
     ) -> None:
         if min(batch_size, max_length, block_size) < 1:
             raise UsageError(
@@ -123,17 +138,11 @@ class LatentCache(Cache):
         self.max_length = max_length
         self.block_size = block_size
         self.block_table = self._new_table(batch_size, device)
-        blocks = self.block_table.numel()
+        kind = cache_format or next(name for name, plain in PLAIN.items() if plain == dtype)
+        ranks = [(spec.kv_lora_rank or 0, spec.cache_width) for spec in specs]
+        formats = [CacheFormat(kind, rank, width - rank) for rank, width in ranks]
         super().__init__(
-            layers=[
-                LatentLayer(
-                    self,
-                    index,
-                    torch.empty(blocks, block_size, 1, s.cache_width, dtype=dtype, device=device),
-                    s.kv_lora_rank or 0,
-                )
-                for index, s in enumerate(specs)
-            ]
+            layers=[LatentLayer(self, i, how, dtype) for i, how in enumerate(formats)]
         )
         self.reset()
 
@@ -150,12 +159,12 @@ class LatentCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated for the pages of all layers."""
-        return sum(pages.numel() * pages.element_size() for pages in self.pages)
+        return sum(pages.untyped_storage().nbytes() for pages in self.pages)
 
     @property
     def nbytes_per_token(self) -> int:
         """Bytes that one token of one sequence takes in all layers together."""
-        return sum(pages.shape[-1] * pages.element_size() for pages in self.pages)
+        return sum(layer.cache_format.bytes_per_token for layer in self.layers)
 
     @property
     def batch_size(self) -> int:
@@ -200,7 +209,7 @@ class LatentCache(Cache):
         else:
             offsets = kept.cumsum(dim=1) - 1
         self.positions = (past + offsets).clamp_min_(0)
-        slots = self._slots(self.positions).flatten()
+        slots = slots_of(self.block_table, self.positions, self.block_size).flatten()
         self._kept = None if kept is None else kept.flatten().nonzero().squeeze(1)
         self._step_slots = slots if self._kept is None else slots[self._kept]
         self.lengths = lengths
@@ -232,11 +241,6 @@ class LatentCache(Cache):
             )
         return kept
 
-    def _slots(self, positions: Tensor) -> Tensor:
-        """Rows of the flattened pages that hold these positions ``[B, n]`` of each sequence."""
-        blocks = self.block_table.long().gather(1, positions // self.block_size)
-        return blocks * self.block_size + positions % self.block_size
-
     def append(self, layer_idx: int, rows: Tensor) -> None:
         """Stores the new tokens of a layer; the first layer of an unplanned step plans it.
 
@@ -247,11 +251,10 @@ class LatentCache(Cache):
         layer = self.layers[layer_idx]
         if layer.columns == self.columns:
             self.begin_step(*rows.shape[:2])
-        width = rows.shape[-1]
-        flat = rows.detach().reshape(-1, width).to(layer.pages.dtype)
+        flat = rows.flatten(0, 1)
         if self._kept is not None:
             flat = flat[self._kept]
-        layer.pages.view(-1, width).index_copy_(0, self._step_slots, flat)
+        layer.cache_format.append(layer.pages, self._step_slots, flat)
         layer.columns = self.columns
 
     def read(self, layer_idx: int, count: int) -> Tensor:
@@ -259,10 +262,11 @@ class LatentCache(Cache):
 
         Sequences end at the last column, so a column has the same distance from the end in all.
         """
-        pages = self.layers[layer_idx].pages
+        layer = self.layers[layer_idx]
         steps = torch.arange(-count, 0, device=self.block_table.device)
         positions = self.cache_seqlens.long().unsqueeze(1) + steps
-        rows = pages.view(-1, pages.shape[-1])[self._slots(positions.clamp_min(0))]
+        slots = slots_of(self.block_table, positions.clamp_min(0), self.block_size)
+        rows = layer.cache_format.read(layer.pages, slots, layer.dtype)
         return rows.masked_fill(positions.unsqueeze(-1) < 0, 0)
 
     def visible(self, count: int, length: int, window: int | None = None) -> Tensor:
@@ -323,9 +327,7 @@ class LatentCache(Cache):
         for layer in self.layers:
             held = layer.pages[source]
             if resized:
-                layer.pages = layer.pages.new_empty(
-                    self.block_table.numel(), *layer.pages.shape[1:]
-                )
+                layer.pages = layer.new_pages()
             layer.pages[target] = held
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.cache_seqlens = self.cache_seqlens[rows]

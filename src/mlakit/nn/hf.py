@@ -148,17 +148,33 @@ def attention_specs(model: Any) -> list[AttentionSpec]:
     return list(read_model(config.to_dict()).layers)
 
 
-def new_cache(model: PreTrainedModel, batch_size: int, max_length: int) -> Cache:
+def new_cache(
+    model: PreTrainedModel, batch_size: int, max_length: int, *, cache_format: str | None = None
+) -> Cache:
     """An empty cache for a model: a LatentCache if it was converted, else a DynamicCache.
 
     Args:
         model: the model.
         batch_size: sequences, B.
         max_length: tokens a sequence can hold; a DynamicCache grows and needs none.
+        cache_format: of the latent, see LatentCache; the model's own dtype by default.
+
+    Raises:
+        UsageError: a format for a model that caches keys and values, or an unknown one.
     """
     if isinstance(model.config, configs.LatentConfig):
         return LatentCache(
-            attention_specs(model), batch_size, max_length, dtype=model.dtype, device=model.device
+            attention_specs(model),
+            batch_size,
+            max_length,
+            dtype=model.dtype,
+            device=model.device,
+            cache_format=cache_format,
+        )
+    if cache_format is not None:
+        raise UsageError(
+            f"a cache in {cache_format} is for latents, and this model caches keys and values",
+            remedy="convert the model first, or leave the format out",
         )
     return DynamicCache(config=model.config)
 

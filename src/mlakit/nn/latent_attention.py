@@ -238,22 +238,24 @@ class MLAttention(nn.Module):
     def decode_pages(
         self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The absorbed form on the pages; in plain torch on a window, or to return weights."""
-        window, length, longest = self.sliding_window, q_rope.shape[2], max(cache.lengths)
-        beyond = window is not None and longest > window
-        if beyond or kwargs.get("output_attentions"):
-            count = longest if window is None else min(longest, window + length - 1)
+        """The absorbed form on the pages; in plain torch to return weights."""
+        if kwargs.get("output_attentions"):
+            count = max(cache.lengths)
             rows = cache.read(self.layer_idx, count).unsqueeze(1)
             latent, k_rope = rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            mask = additive(cache.visible(count, length, window), q_rope.dtype)
+            seen = cache.visible(count, q_rope.shape[2], self.sliding_window)
+            mask = additive(seen, q_rope.dtype)
             return self.decode(q_nope, q_rope, latent, k_rope, mask, **kwargs)
+        layer = cache.layers[self.layer_idx]
         context, _ = mla_decode(
             self.absorb(q_nope, q_rope).transpose(1, 2),
-            cache.pages[self.layer_idx],
+            layer.pages,
             cache.block_table,
             cache.cache_seqlens,
             self.kv_lora_rank,
             softmax_scale=self.scaling,
+            sliding_window=self.sliding_window,
+            cache_format=layer.cache_format,
         )
         return self.project(context.transpose(1, 2)), None
 

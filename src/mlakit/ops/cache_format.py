@@ -166,7 +166,11 @@ class CacheFormat:
                 f"slots run from {int(slots.min())} to {int(slots.max())}; the cache has {room}",
                 remedy="Leave out the tokens that are not to be stored.",
             )
-        encoded = self._encode(rows.detach().reshape(-1, self.width))
+        rows = rows.detach().reshape(-1, self.width)
+        if self.kind in PLAIN and pages.is_contiguous():
+            pages.view(-1, self.width).index_copy_(0, slots, rows.to(self.dtype))
+            return
+        encoded = self._encode(rows)
         where = (slots // max(1, pages.shape[1]), slots % max(1, pages.shape[1]))
         for part, values in zip(self._parts(pages), encoded):
             part.index_put_(where, values)
@@ -179,6 +183,8 @@ class CacheFormat:
             slots: ``page * block_size + offset``, integers of any shape.
             dtype: of the result.
         """
+        if self.kind in PLAIN and pages.is_contiguous():
+            return pages.view(-1, self.width)[slots].to(dtype)
         out = torch.empty(slots.numel(), self.width, dtype=dtype, device=pages.device)
         return self.read_into(out, pages, slots.reshape(-1)).view(*slots.shape, self.width)
 
