@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ class Suite:
         """Seconds a part may take."""
         return self.seconds * SHARES[part]
 
-    def options(self, part: str) -> list[str]:
+    def options(self, seconds: float) -> list[str]:
         """What every part is told."""
         quick = ["--quick"] if self.quick else []
-        return ["--device", self.device, "--seconds", f"{self.limit(part)}", *quick]
+        return ["--device", self.device, "--seconds", f"{seconds:.0f}", *quick]
 
     def correctness(self) -> None:
         """Every kernel at the same time, each in its process: nothing is timed here."""
@@ -118,7 +119,7 @@ class Suite:
                 if line.get("status") == "wrong":
                     self.fail(f"{kernel}: {line['group']}: {line['case']}: {line['why']}")
 
-        arguments = ["--kernel", kernel, *self.options("correctness")]
+        arguments = ["--kernel", kernel, *self.options(self.limit("correctness"))]
         limit = self.limit("correctness") + GRACE
         ending = listen("benchmarks.gpu_suite.correctness", arguments, limit, hear)
         with self.lock:
@@ -140,23 +141,43 @@ class Suite:
         return found["finished"] and found["right"] > 0 and not found["failures"]
 
     def time_kernels(self, right: list[str]) -> None:
-        """The sweeps, with the kernels that are right and every rival installed."""
-        ours = set(right)
+        """The sweeps, with the kernels that are right and every rival installed.
 
-        def hear(line: dict[str, Any]) -> None:
-            if "ceilings" in line:
-                self.result["ceilings"] = line["ceilings"]
-            elif "shape" in line:
-                self.result["shapes"].append(line["shape"])
-                for gone in line["shape"]["missing"]:
-                    if gone["failed"] and gone["contender"] in ours:
-                        self.fail(f"{gone['contender']}: timing: {gone['reason']}")
-            self.save()
-
+        Whoever breaks the device is left out, and the others go on at the shape where it was.
+        """
         # flash_mla is among the rivals already, without our checks around it.
-        timed = [name for name in right if name != "flash_mla"]
-        arguments = ["--kernels", *timed, *self.options("kernels")]
-        self.finish("kernels", "benchmarks.gpu_suite.kernels", arguments, hear)
+        ours = [name for name in right if name != "flash_mla"]
+        rivals_out: list[str] = []
+        end = time.perf_counter() + self.limit("kernels")
+        while (left := end - time.perf_counter()) > 0:
+            lost: list[str] = []
+            hear = partial(self.hear_kernels, ours, lost)
+            arguments = [
+                "--kernels", *ours, "--without", *rivals_out,
+                "--skip", str(len(self.result["shapes"])), *self.options(left),
+            ]  # fmt: skip
+            module = "benchmarks.gpu_suite.kernels"
+            ending = listen(module, arguments, left + GRACE, hear)
+            if not lost:
+                self.expect("kernels", ending)
+                return
+            ours = [name for name in ours if name not in lost]
+            rivals_out += lost
+
+    def hear_kernels(self, ours: list[str], lost: list[str], line: dict[str, Any]) -> None:
+        """One line of the sweeps; ``lost`` takes the name of who broke the device."""
+        if "ceilings" in line:
+            self.result["ceilings"] = line["ceilings"]
+        elif "shape" in line:
+            self.result["shapes"].append(line["shape"])
+            for gone in line["shape"]["missing"]:
+                if gone["failed"] and gone["contender"] in ours:
+                    self.fail(f"{gone['contender']}: timing: {gone['reason']}")
+        elif "lost" in line:
+            lost.append(line["lost"])
+            tell = self.fail if line["lost"] in ours else self.note
+            tell(f"timing: {line['why']}")
+        self.save()
 
     def time_models(self, right: list[str]) -> None:
         """GQA against MLA, with the kernel that would be chosen or the first that is right."""
@@ -176,18 +197,12 @@ class Suite:
             self.save()
 
         module = "benchmarks.gpu_suite.end_to_end"
-        self.finish("end_to_end", module, self.options("end_to_end"), hear, environment)
+        options = self.options(self.limit("end_to_end"))
+        limit = self.limit("end_to_end") + GRACE
+        self.expect("end_to_end", listen(module, options, limit, hear, environment))
 
-    def finish(
-        self,
-        part: str,
-        module: str,
-        arguments: list[str],
-        hear: Any,
-        environment: dict[str, str] | None = None,
-    ) -> None:
-        """Runs a part that is one process; if it does not end well, that is a failure."""
-        ending = listen(module, arguments, self.limit(part) + GRACE, hear, environment)
+    def expect(self, part: str, ending: Ending) -> None:
+        """A part that did not end well is a failure."""
         if ending.code:
             done = self.result["shapes" if part == "kernels" else "end_to_end"]
             self.fail(f"{part}: {_obituary(ending, f'after {len(done)} results')}")

@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu_suite.cases import SHARES, Case, cases
 from benchmarks.gpu_suite.lines import say
 
+from mlakit.benching.clock import Clock
 from mlakit.benching.contenders import only
 from mlakit.errors import UsageError
 from mlakit.ops.choose import deepseek_call, why_not
@@ -37,7 +38,7 @@ def try_case(case: Case) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def run_group(several: list[Case], seconds: float) -> None:
+def run_group(several: list[Case], seconds: float, clock: Clock) -> None:
     """Cases in order until the time is up, each as a line."""
     start = time.perf_counter()
     for done, case in enumerate(several):
@@ -61,8 +62,8 @@ def run_group(several: list[Case], seconds: float) -> None:
             line = (str(error).strip().splitlines() or [""])[0]
             found = {"status": "wrong", "why": f"{type(error).__name__}: {line}"}
             say(group=case.group, case=case.label, **found)
-            if "CUDA error" in str(error):
-                sys.exit(3)  # it sticks: nothing after it would be true
+            if not clock.alive():
+                sys.exit(3)
             continue
         say(group=case.group, case=case.label, **found)
 
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     found = cases(arguments.device, arguments.quick)
-    start, share = time.perf_counter(), 0.0
+    clock, start, share = Clock(torch.device(arguments.device)), time.perf_counter(), 0.0
     reason = absence(arguments.kernel, arguments.device)
     if reason:
         say(absent=reason, finished=True)
@@ -93,7 +94,8 @@ def main() -> None:
         for group, part in SHARES.items():
             share += part
             say(group=group, total=len(found[group]))
-            run_group(found[group], share * arguments.seconds - (time.perf_counter() - start))
+            left = share * arguments.seconds - (time.perf_counter() - start)
+            run_group(found[group], left, clock)
     say(finished=True)
 
 

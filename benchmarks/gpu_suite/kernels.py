@@ -6,14 +6,22 @@ python -m benchmarks.gpu_suite.kernels --device cuda --kernels gluon triton --se
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 
 import torch
 from benchmarks.gpu_suite.lines import say
 
 from mlakit.benching.clock import Clock, measure_ceilings
+from mlakit.benching.contenders import RIVALS
 from mlakit.benching.problem import Shape
-from mlakit.benching.sweep import default_batch, default_rounds, run_sweep, standard_sweeps
+from mlakit.benching.sweep import (
+    DeviceLost,
+    default_batch,
+    default_rounds,
+    run_sweep,
+    standard_sweeps,
+)
 
 
 def main() -> None:
@@ -23,6 +31,8 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="*", default=[])
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--without", nargs="*", default=[], help="rivals that stay out")
+    parser.add_argument("--skip", type=int, default=0, help="shapes that are done already")
     arguments = parser.parse_args()
     on_cuda, quick = arguments.device == "cuda", arguments.quick
     clock = Clock(torch.device(arguments.device))
@@ -34,9 +44,17 @@ def main() -> None:
         for heads, length, queries, varlen in standard_sweeps(on_cuda, quick)
     ]
     rounds = default_rounds(on_cuda, quick)
-    sweep = run_sweep(shapes, arguments.kernels, clock, ceilings, rounds, seconds=arguments.seconds)
-    for found in sweep:
-        say(shape=found.as_dict())
+    rivals = {name: rival for name, rival in RIVALS.items() if name not in arguments.without}
+    sweep = run_sweep(
+        shapes[arguments.skip :], arguments.kernels, clock, ceilings, rounds, rivals=rivals,
+        seconds=arguments.seconds,
+    )  # fmt: skip
+    try:
+        for found in sweep:
+            say(shape=found.as_dict())
+    except DeviceLost as loss:
+        say(lost=loss.contender, why=loss.message)
+        sys.exit(3)
     say(finished=True)
 
 

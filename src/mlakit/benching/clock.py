@@ -84,6 +84,17 @@ class Clock:
         if self._buffer is not None:
             torch.bitwise_not(self._buffer, out=self._buffer)
 
+    def alive(self) -> bool:
+        """Whether the device still answers; after some errors it never does in this process."""
+        if self.device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize(self.device)
+            torch.zeros(1, device=self.device).item()
+        except RuntimeError:
+            return False
+        return True
+
     def once(self, run: Callable[[], Any]) -> float:
         """Seconds of one run."""
         if self.device.type != "cuda":

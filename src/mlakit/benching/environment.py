@@ -14,8 +14,12 @@ import torch
 PACKAGES = ("mlakit", "transformers", "triton", "numpy", "flash_mla", "flashinfer-python", "vllm")
 
 
-def environment() -> dict[str, Any]:
-    """Machine, software and load at this moment, as plain JSON values."""
+def environment(gpu: int = 0) -> dict[str, Any]:
+    """Machine, software and load at this moment, as plain JSON values.
+
+    Args:
+        gpu: number of the GPU that is described, if there is one.
+    """
     record: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -33,7 +37,7 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             record[package] = None
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        properties = torch.cuda.get_device_properties(gpu)
         record["gpu"] = properties.name
         record["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
         record["gpu_multiprocessors"] = properties.multi_processor_count

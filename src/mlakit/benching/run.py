@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -113,15 +114,15 @@ def bench(
         for h, length, s, ragged in cases
     ]
     rounds = default_rounds(on_cuda, quick)
-    clock = Clock(place)
-    where = environment()
-    ceilings = measure_ceilings(clock, quick)
     found = []
-    sweep = run_sweep(shapes, names, clock, ceilings, rounds, rivals=RIVALS if rivals else {})
-    for result in sweep:
-        found.append(result)
-        if progress:
-            progress("shapes", len(found), len(shapes))
+    with torch.cuda.device(place) if on_cuda else nullcontext():
+        clock, where = Clock(place), environment(place.index or 0)
+        ceilings = measure_ceilings(clock, quick)
+        others = RIVALS if rivals else {}
+        for result in run_sweep(shapes, names, clock, ceilings, rounds, rivals=others):
+            found.append(result)
+            if progress:
+                progress("shapes", len(found), len(shapes))
     done = Bench(
         settings={"what": what, "command": command, "device": str(place), "kernels": list(names),
                   "rounds": rounds, "quick": quick, **base},

@@ -14,8 +14,25 @@ from mlakit.benching.contenders import RIVALS, Absent, Contender, Run, ours
 from mlakit.benching.problem import Problem, Shape, make_problem
 from mlakit.benching.result import Missing, ShapeResult, make_points
 from mlakit.benching.truth import judge, sample_truth, tolerance_of
+from mlakit.errors import MlakitError
 
 Progress = Callable[[str, int, int], None]
+
+
+class DeviceLost(MlakitError):
+    """A contender broke the device for the rest of the process.
+
+    Attributes:
+        contender: which one.
+    """
+
+    def __init__(self, contender: str, where: str, why: str) -> None:
+        super().__init__(
+            f"{contender} at {where} broke the device: {why}",
+            remedy="measure the others without it: name them with --kernel, or --no-rivals",
+        )
+        self.contender = contender
+
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 LENGTHS_ON_CPU = (1024, 2048, 4096)
@@ -74,6 +91,9 @@ def run_sweep(
         rounds: timed runs of each contender.
         rivals: other people's, by name; all that there are by default.
         seconds: shapes that would start later than this are left out.
+
+    Raises:
+        DeviceLost: nothing more can be measured in this process.
     """
     contenders = {name: ours(name) for name in kernels}
     contenders |= RIVALS if rivals is None else rivals
@@ -107,6 +127,8 @@ def _measure(
         return ShapeResult(shape, (), tuple(Missing(n, reason, False) for n in contenders))
     for name, contender in contenders.items():
         found = _prepare(problem, contender, sample)
+        if isinstance(found, Missing) and found.failed and not clock.alive():
+            raise DeviceLost(name, shape.label, found.reason)
         if isinstance(found, tuple):
             runs[name], errors[name] = found
         else:
