@@ -25,7 +25,7 @@ from mlakit.cli import app
 from mlakit.errors import UsageError
 from mlakit.ops import CacheFormat, mla_sparse_decode
 from mlakit.ops import reference as reference_module
-from mlakit.reporting.plots import as_png
+from mlakit.reporting.style import as_png
 
 CPU = torch.device("cpu")
 TINY = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "page_size": 16}

@@ -13,7 +13,7 @@ from mlakit.benching.clock import Ceilings
 from mlakit.benching.published import PUBLISHED
 from mlakit.benching.result import ShapeResult
 from mlakit.benching.roofline import draw_roofline
-from mlakit.reporting.plots import QUIET, RESULT, SOURCE, STYLE, WIDTH, as_png
+from mlakit.reporting.style import QUIET, RESULT, SOURCE, STYLE, WIDTH, as_png
 
 PANELS = 3
 

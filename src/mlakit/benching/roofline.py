@@ -19,7 +19,7 @@ from mlakit.benching.clock import Ceilings
 from mlakit.benching.problem import Shape
 from mlakit.benching.result import Bench, Point, ShapeResult
 from mlakit.benching.view import headline
-from mlakit.reporting.plots import GRID, INK, QUIET, STYLE, WIDTH
+from mlakit.reporting.style import GRID, INK, QUIET, STYLE, WIDTH
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 """Okabe and Ito's, told apart by colour-blind readers; ours come first."""

@@ -29,7 +29,7 @@ from mlakit.errors import UsageError
 from mlakit.ops.cache_format import QUANTISED
 from mlakit.ops.choose import FILES
 from mlakit.reporting.files import write_file
-from mlakit.reporting.plots import as_png
+from mlakit.reporting.style import as_png
 
 DTYPES = ("bfloat16", "float16", "float32")
 CUSTOM_HEADS, CUSTOM_QUERIES = (128,), (1,)

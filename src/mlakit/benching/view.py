@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlakit.benching.result import Bench, Point
-from mlakit.reporting.summary import number
+from mlakit.reporting.style import number
 
 
 def print_bench(done: Bench, console: Console) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING
 
 from mlakit.checkpoint.writing import atomic_file
 from mlakit.errors import MlakitError
-from mlakit.reporting.schema import Report
+
+if TYPE_CHECKING:
+    from mlakit.reporting.schema import Report
 
 REPORT_NAME = "report.json"
 
@@ -28,6 +29,11 @@ def write_file(path: Path, content: bytes) -> None:
 
 def read_report(path: str | Path) -> Report:
     """Reads a ``report.json``, or the one of a folder."""
+    # Not above: benchmarks write files on machines without pydantic.
+    from pydantic import ValidationError
+
+    from mlakit.reporting.schema import Report
+
     file = Path(path) / REPORT_NAME if Path(path).is_dir() else Path(path)
     try:
         return Report.model_validate_json(file.read_bytes())

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mlakit.reporting.files import REPORT_NAME, write_file
 from mlakit.reporting.html import TITLES, render_html
-from mlakit.reporting.plots import as_png, draw
+from mlakit.reporting.plots import draw
 from mlakit.reporting.schema import Report
+from mlakit.reporting.style import as_png
 
 
 def write_report(report: Report, folder: str | Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,10 +16,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from mlakit.reporting.schema import Recall, RecallKind, Report, SpeedPoint
-from mlakit.reporting.summary import KIND_WORDS, number, percent
+from mlakit.reporting.style import (
+    GRID,
+    INK,
+    QUIET,
+    RESULT,
+    SOURCE,
+    STYLE,
+    WIDTH,
+    number,
+    percent,
+)
+from mlakit.reporting.summary import KIND_WORDS
 
-INK, QUIET, GRID = "#1f2328", "#5b636d", "#d5d9de"
-SOURCE, RESULT = "#0072b2", "#d55e00"
 HEAT = matplotlib.colormaps["Blues"]
 CSS_COLOURS = {
     INK: "var(--ink)",
@@ -29,28 +37,6 @@ CSS_COLOURS = {
     SOURCE: "var(--source)",
     RESULT: "var(--result)",
 }
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": GRID,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mlakit",
-}
-WIDTH = 8.6
 
 
 def draw(report: Report) -> dict[str, Figure]:
@@ -66,14 +52,6 @@ def draw(report: Report) -> dict[str, Figure]:
     with matplotlib.rc_context(STYLE):
         drawn = {name: paint(report) for name, paint in painters.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def as_png(figure: Figure) -> bytes:
-    """The picture on white, 200 dots per inch."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def as_svg(figure: Figure) -> str:

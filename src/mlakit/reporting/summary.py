@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from mlakit.reporting.schema import Estimate, Recall, Report, Verification
+from mlakit.reporting.style import number, percent
 
 KIND_WORDS = {"passkey": "passkey", "key_value": "key-value"}
 
@@ -147,22 +147,6 @@ def verification_rows(found: Verification) -> list[Row]:
         Row("KL, largest", number(found.kl_max), note="nats per token"),
         Row("top-1 agreement", percent(100 * found.top1), note=f"{found.tokens:,} tokens"),
     ]
-
-
-def number(value: float) -> str:
-    """Three significant digits, thousands separated, integers whole."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == round(value) and abs(value) < 1e15:
-        return f"{value:,.0f}"
-    if abs(value) >= 100:
-        return f"{value:,.1f}"
-    return f"{value:#.3g}"
-
-
-def percent(value: float) -> str:
-    """One decimal, or none for whole numbers."""
-    return f"{value:.1f} %".replace(".0 %", " %")
 
 
 def estimate(value: Estimate) -> str:
