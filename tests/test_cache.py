@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -16,7 +17,8 @@ from mlakit.account import cache_bytes
 from mlakit.errors import MlakitError, UsageError
 from mlakit.nn.cache import LatentCache
 from mlakit.nn.hf import attention_specs, cache_nbytes, new_cache
-from mlakit.spec import AttentionSpec
+from mlakit.ops import CacheFormat
+from mlakit.spec import QUANTISED_ROWS, AttentionSpec
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 """float32 logits of size 6, sums in another order."""
@@ -60,6 +62,42 @@ def test_bytes_are_the_accounts(form: str, length: int) -> None:
     width = attention_specs(model)[0].cache_width
     assert {tuple(pages.shape) for pages in cache.pages} == {(3 * -(-length // 64), 64, 1, width)}
     assert cache.block_table.dtype == cache.cache_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize("kind", QUANTISED_ROWS)
+@pytest.mark.parametrize("rank", [3, 64, 130])
+def test_bytes_of_quantised_rows_are_the_accounts(kind: str, rank: int) -> None:
+    spec = replace(SPEC, kv_lora_rank=rank, cache_format=kind)
+    cache = LatentCache([spec, SPEC], 3, 70, dtype=torch.bfloat16)
+    assert cache.nbytes == cache_bytes([spec, SPEC], 3, 70, 2, block_size=64)
+    row = CacheFormat(kind, rank, 2).bytes_per_token
+    assert spec.cache_row_bytes(2) == row == cache.nbytes_per_token - 5 * 2
+
+
+class RoundedCache(LatentCache):
+    """Plain pages whose rows went through a quantised format on their way in."""
+
+    def append(self, layer_idx: int, rows: Tensor) -> None:
+        how = self.formats[layer_idx]
+        slots = torch.arange(rows.shape[0] * rows.shape[1])
+        there = how.allocate(1, len(slots))
+        how.append(there, slots, rows.flatten(0, 1))
+        super().append(layer_idx, how.read(there, slots).view_as(rows))
+
+
+@pytest.mark.parametrize("kind", QUANTISED_ROWS)
+@pytest.mark.parametrize("form", FORMS)
+def test_steps_on_quantised_rows_are_steps_on_what_they_hold(form: str, kind: str) -> None:
+    model, ids = latent_model("mistral", form, sliding_window=9), token_ids(3, 21)
+    plain = RoundedCache(attention_specs(model), 3, 21, dtype=torch.float32, block_size=4)
+    model.config.cache_format = kind
+    cache = LatentCache(attention_specs(model), 3, 21, dtype=torch.float32, block_size=4)
+    for pages in cache.pages:
+        pages.fill_(255)
+    plain.formats = [layer.cache_format for layer in cache.layers]
+    steps = [in_steps(model, ids, held, (6, 5, *[1] * 10)) for held in (cache, plain)]
+    torch.testing.assert_close(*steps, **CLOSE)
+    assert cache.nbytes < plain.nbytes
 
 
 @pytest.mark.parametrize("form", FORMS)

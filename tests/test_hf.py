@@ -124,6 +124,13 @@ def test_specs_of_an_ordinary_model_and_its_cache() -> None:
     assert cache_nbytes(cache) == 3 * 7 * 4 * sum(spec.cache_width for spec in specs)
 
 
+def test_the_cache_format_is_the_configs_or_the_callers(tmp_path: Path) -> None:
+    folder = saved(tmp_path, latent_model(cache_format="int4"))
+    for given, want in ((None, "int4"), ("fp8", "fp8")):
+        cache = new_cache(load(folder, cache_format=given), 1, 9)
+        assert [layer.cache_format.kind for layer in cache.layers] == [want, want]
+
+
 def test_windowed_specs() -> None:
     changes = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
     specs = attention_specs(latent_model("qwen2", **changes))
@@ -200,6 +207,18 @@ class TestDamagedFolders:
             load(folder, device="nowhere")
         with pytest.raises(UsageError, match="float31"):
             load(folder, dtype="float31")
+
+    def test_cache_formats_that_do_not_fit(self, folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="no cache format 'fp7'"):
+            load(folder, cache_format="fp7")
+        sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+        plain = LlamaForCausalLM(LlamaConfig(vocab_size=9, num_attention_heads=2, **sizes))
+        with pytest.raises(UsageError, match="a cache in int8 is for latents"):
+            load(saved(tmp_path / "plain", plain), cache_format="int8")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"cache_format": "fp7"}))
+        with pytest.raises(MlakitError, match="fp7"):
+            load(folder)
 
     def test_wrong_shape(self, tmp_path: Path) -> None:
         folder = saved(tmp_path, latent_model())

@@ -124,9 +124,9 @@ def cache_bytes_per_token(layers: Sequence[AttentionSpec], itemsize: int) -> int
 
     Args:
         layers: the attention layers.
-        itemsize: bytes per cached number.
+        itemsize: bytes per cached number that is not quantised.
     """
-    return sum(layer.cache_width for layer in layers) * itemsize
+    return sum(layer.cache_row_bytes(itemsize) for layer in layers)
 
 
 def cache_bytes(
@@ -153,8 +153,8 @@ def cache_bytes(
     if block_size is not None:
         pages = -(-length // block_size)
         return batch * pages * block_size * cache_bytes_per_token(layers, itemsize)
-    numbers = sum(visible_tokens(layer, length) * layer.cache_width for layer in layers)
-    return batch * numbers * itemsize
+    rows = (visible_tokens(layer, length) * layer.cache_row_bytes(itemsize) for layer in layers)
+    return batch * sum(rows)
 
 
 def visible_tokens(spec: AttentionSpec, length: int) -> int:
@@ -186,7 +186,7 @@ def attention_cost(spec: AttentionSpec, context: int, itemsize: int) -> DecodeCo
     else:
         scores = rope if spec.mla_form == "equal-cache" else rank + rope
         per_token = 2 * heads * (scores + rank)
-    row = spec.cache_width * itemsize
+    row = spec.cache_row_bytes(itemsize)
     return DecodeCost(per_token * tokens, 0.0, (tokens + 1) * row)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlakit.inspection import inspect
     from mlakit.nn.hf import load, register
     from mlakit.nn.trace import track_shapes
+    from mlakit.spec import CacheKind
 
 __all__ = [
     "bench",
@@ -65,6 +66,7 @@ def generate(
     chat: bool = False,
     dtype: str | None = None,
     device: str = "cpu",
+    cache_format: CacheKind | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> GenerationResult:
     """Text from a checkpoint, converted or ordinary: folder in, text out.
@@ -82,6 +84,7 @@ def generate(
         chat: wrap each prompt in the tokenizer's chat template as one user message.
         dtype: ``float32``, ``bfloat16``, ``float16``; the checkpoint's own by default.
         device: ``cpu``, ``cuda`` ...
+        cache_format: ``fp8``, ``int8`` or ``int4`` quantise the cached latents of a converted model.
         on_text: called with a prompt's index and the next piece of its text.
 
     Raises:
@@ -91,7 +94,7 @@ def generate(
     from mlakit.evaluation import open_subject
     from mlakit.generation import generate as write
 
-    subject = open_subject(model, dtype=dtype, device=device)
+    subject = open_subject(model, dtype=dtype, device=device, cache_format=cache_format)
     return write(
         subject.model,
         subject.tokenizer,

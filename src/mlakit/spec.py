@@ -14,6 +14,15 @@ from typing import Any, Literal
 AttentionKind = Literal["mha", "mqa", "gqa", "mla"]
 MLAForm = Literal["compress", "equal-cache", "article"]
 
+CacheKind = Literal["fp8", "int8", "int4"]
+
+QUANTISED_ROWS: dict[str, tuple[int, int, int]] = {
+    "fp8": (8, 128, 4),
+    "int8": (8, 128, 2),
+    "int4": (4, 64, 2),
+}
+"""Bits per latent number, numbers that share a scale, and bytes of that scale."""
+
 BLOCK_SIZE = 64
 """Tokens per cache page; FlashMLA's kernels ask for exactly 64."""
 
@@ -88,6 +97,8 @@ class AttentionSpec:
         head_dim: size d of a query/key head before conversion (nope + rope for native MLA).
         qk_norm: per-head RMSNorm on q and k before the rotation.
         softmax_scale: factor on the scores; never None after a family reader ran.
+        cache_format: how a latent is cached: quantised, its rotary part in 16 bits; None for
+            numbers of the model's own dtype.
     """
 
     hidden_size: int
@@ -108,6 +119,7 @@ class AttentionSpec:
     q_bias: bool = False
     kv_bias: bool = False
     o_bias: bool = False
+    cache_format: CacheKind | None = None
 
     @property
     def kind(self) -> AttentionKind:
@@ -131,6 +143,19 @@ class AttentionSpec:
         if self.mla_form == "article":
             return self.kv_lora_rank
         return self.kv_lora_rank + (self.qk_rope_head_dim or 0)
+
+    def cache_row_bytes(self, itemsize: int) -> int:
+        """Bytes cached per token by this layer.
+
+        Args:
+            itemsize: bytes per number of the model's dtype.
+        """
+        if self.cache_format is None or self.kv_lora_rank is None:
+            return self.cache_width * itemsize
+        bits, group, scale = QUANTISED_ROWS[self.cache_format]
+        codes = -(-self.kv_lora_rank * bits // 32) * 4
+        scales = -(-self.kv_lora_rank // group) * scale
+        return -(-(codes + scales + 2 * (self.cache_width - self.kv_lora_rank)) // 4) * 4
 
     @property
     def query_dim(self) -> int:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from mlakit.spec import CacheKind
+
 
 def eval(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id: the source.")],
@@ -39,6 +41,10 @@ def eval(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
+    ] = None,
+    cache_format: Annotated[
+        CacheKind | None,
+        typer.Option(help="Quantise the result's latents."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -71,6 +77,7 @@ def eval(
             seed=seed,
             device=device,
             dtype=dtype,
+            cache_format=cache_format,
             command=shlex.join(["mlakit", *sys.argv[1:]]),
             progress=progress,
         )

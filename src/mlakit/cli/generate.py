@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mlakit.errors import UsageError
+from mlakit.spec import CacheKind
 
 
 def generate(
@@ -37,6 +38,9 @@ def generate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
+    ] = None,
+    cache_format: Annotated[
+        CacheKind | None, typer.Option(help="Quantise the latents of a converted model.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -66,6 +70,7 @@ def generate(
         seed=seed,
         device=device,
         dtype=dtype,
+        cache_format=cache_format,
         on_text=stream if streaming else None,
     )
     if as_json:

@@ -23,6 +23,7 @@ from mlakit.evaluation.subject import ModelLike, Subject, open_pair, open_subjec
 from mlakit.evaluation.verification import check, verify
 from mlakit.generation import generate
 from mlakit.reporting.schema import LayerError, Report, Sample, Stage
+from mlakit.spec import CacheKind
 
 __all__ = ["Subject", "check", "evaluate", "open_subject", "verify"]
 
@@ -46,6 +47,7 @@ def evaluate(
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
+    cache_format: CacheKind | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> Report:
@@ -68,6 +70,8 @@ def evaluate(
         seed: seed of probes, prompts and bootstrap.
         dtype: dtype to load folders in; the checkpoint's own by default.
         device: device to load folders on.
+        cache_format: quantises the cached latents of the result, or of a model alone: ``fp8``,
+            ``int8`` or ``int4``.
         command: the command line, for the record.
         progress: told (what, done, total).
 
@@ -76,7 +80,7 @@ def evaluate(
         MlakitError: a text too short for the windows, or logits that are not finite.
     """
     open_text(text)  # a text that cannot be read is refused before any weight is
-    ours, theirs = open_pair(source, result, dtype=dtype, device=device)
+    ours, theirs = open_pair(source, result, dtype=dtype, device=device, cache_format=cache_format)
     cut = cut_windows(
         ours,
         theirs,

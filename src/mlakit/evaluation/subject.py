@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from mlakit.checkpoint import open_checkpoint
 from mlakit.errors import MlakitError, UsageError
 from mlakit.nn.hf import load, register
+from mlakit.spec import CacheKind
 
 
 class Subject(NamedTuple):
@@ -41,7 +42,11 @@ ModelLike = str | Path | tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | 
 
 
 def open_subject(
-    model: ModelLike, *, dtype: torch.dtype | str | None = None, device: str = "cpu"
+    model: ModelLike,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+    cache_format: CacheKind | None = None,
 ) -> Subject:
     """Loads a folder or hub id; takes a model that is already loaded as it is.
 
@@ -49,6 +54,7 @@ def open_subject(
         model: a folder, a hub id, or (name, model, tokenizer).
         dtype: dtype to load in; the checkpoint's own by default.
         device: device to load on.
+        cache_format: quantises the cached latents of a converted model, see ``load``.
     """
     if not isinstance(model, str | Path):
         return Subject(*model)
@@ -56,7 +62,7 @@ def open_subject(
     path = checkpoint.download()
     register()  # or transformers warns that it does not know a converted folder's config
     tokenizer = _open_tokenizer(path)
-    loaded = load(path, dtype=dtype, device=device)
+    loaded = load(path, dtype=dtype, device=device, cache_format=cache_format)
     return Subject(Path(model).name, loaded, tokenizer, checkpoint.fingerprint)
 
 
@@ -77,11 +83,14 @@ def open_pair(
     *,
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
+    cache_format: CacheKind | None = None,
 ) -> tuple[Subject, Subject | None]:
-    """Opens a source and, where there is one, its result."""
+    """Opens a source and, where there is one, its result, whose cache the format is for then."""
+    if result is None:
+        alone = open_subject(source, dtype=dtype, device=device, cache_format=cache_format)
+        return alone, None
     ours = open_subject(source, dtype=dtype, device=device)
-    theirs = None if result is None else open_subject(result, dtype=dtype, device=device)
-    return ours, theirs
+    return ours, open_subject(result, dtype=dtype, device=device, cache_format=cache_format)
 
 
 def require_same_tokens(source: Subject, result: Subject, text: str) -> None:

@@ -11,7 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from mlakit.errors import UnsupportedModelError
-from mlakit.spec import AttentionSpec, FeedForwardSpec, RopeSpec, yarn_mscale
+from mlakit.spec import (
+    QUANTISED_ROWS,
+    AttentionSpec,
+    FeedForwardSpec,
+    RopeSpec,
+    yarn_mscale,
+)
 
 Config = Mapping[str, Any]
 
@@ -173,6 +179,11 @@ def converted(config: Config, rope: RopeSpec | None, window: int | None) -> Atte
     scale = config.get("softmax_scale")
     if not isinstance(scale, float | int):
         raise UnsupportedModelError(f"config.json has softmax_scale {scale!r}, not a number")
+    if config.get("cache_format") not in (None, *QUANTISED_ROWS):
+        raise UnsupportedModelError(
+            f"config.json has cache_format {config['cache_format']!r}",
+            remedy=f"known formats: {', '.join(QUANTISED_ROWS)}; or mlakit here is too old",
+        )
     return AttentionSpec(
         *_heads(config),
         head_dim=source.get("head_dim", value_dim),
@@ -188,6 +199,7 @@ def converted(config: Config, rope: RopeSpec | None, window: int | None) -> Atte
         q_bias=bool(config.get("q_bias", False)),
         kv_bias=bool(config.get("kv_a_bias", False)),
         o_bias=bool(config.get("o_bias", False)),
+        cache_format=config.get("cache_format"),
     )
 
 

@@ -271,7 +271,7 @@ def _groups(spec: ModelSpec) -> tuple[LayerGroup, ...]:
                 kind=layer.kind,
                 attention_parameters=account.attention_parameters(layer),
                 cache_width=layer.cache_width,
-                cache_bytes_per_token=layer.cache_width * itemsize,
+                cache_bytes_per_token=layer.cache_row_bytes(itemsize),
                 sliding_window=layer.sliding_window,
             )
         )

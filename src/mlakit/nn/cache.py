@@ -101,14 +101,12 @@ class LatentCache(Cache):
         specs: one latent AttentionSpec per layer.
         batch_size: B.
         max_length: tokens a sequence can hold.
-        dtype: the model's own; of the pages too, unless ``cache_format`` says otherwise.
+        dtype: the model's own; of the pages too where a spec has no ``cache_format``.
         device: where the pages live.
         block_size: P, tokens per page.
-        cache_format: a kind of ``CacheFormat``: ``fp8``, ``model1``, ``int8`` or ``int4`` quantise
-            the latent and keep the rotary part in bfloat16; ``bf16`` and so on only store.
 
     Raises:
-        UsageError: a layer caches keys and values, the format is unknown, or a size is below 1.
+        UsageError: a layer caches keys and values, or a size is below 1.
     """
 
     layers: list[LatentLayer]  # type: ignore[assignment]
@@ -122,7 +120,6 @@ class LatentCache(Cache):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         block_size: int = BLOCK_SIZE,
-        cache_format: str | None = None,
     ) -> None:
         if min(batch_size, max_length, block_size) < 1:
             raise UsageError(
@@ -138,12 +135,13 @@ class LatentCache(Cache):
         self.max_length = max_length
         self.block_size = block_size
         self.block_table = self._new_table(batch_size, device)
-        kind = cache_format or next(name for name, plain in PLAIN.items() if plain == dtype)
-        ranks = [(spec.kv_lora_rank or 0, spec.cache_width) for spec in specs]
-        formats = [CacheFormat(kind, rank, width - rank) for rank, width in ranks]
-        super().__init__(
-            layers=[LatentLayer(self, i, how, dtype) for i, how in enumerate(formats)]
-        )
+        plain = next(name for name, numbers in PLAIN.items() if numbers == dtype)
+        layers: list[Any] = []
+        for index, spec in enumerate(specs):
+            rank = spec.kv_lora_rank or 0
+            how = CacheFormat(spec.cache_format or plain, rank, spec.cache_width - rank)
+            layers.append(LatentLayer(self, index, how, dtype))
+        super().__init__(layers=layers)
         self.reset()
 
     def _new_table(self, batch_size: int, device: torch.device | str) -> Tensor:

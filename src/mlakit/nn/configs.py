@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from mlakit.spec import MLAForm
+from mlakit.spec import QUANTISED_ROWS, MLAForm
 
 FORMAT_VERSION = 1
 
@@ -32,6 +32,8 @@ class LatentConfig:
         o_bias: o_proj has a bias.
         latent_norm_eps: epsilon of kv_a_layernorm, large: the norm is the identity.
         head_dim: numbers cached per token (engines read it); set from the sizes above.
+        cache_format: how the cache holds latents: ``fp8``, ``int8`` or ``int4``, the rotary part in
+            16 bits; None for the model's own dtype.
         mlakit: where the weights come from.
     """
 
@@ -58,6 +60,7 @@ class LatentConfig:
     o_bias: bool = False
     latent_norm_eps: float = 4.0**14
     head_dim: int = 576
+    cache_format: str | None = None
     mlakit: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -72,6 +75,9 @@ class LatentConfig:
         """Refuses sizes that no form can have."""
         if self.mla_form not in ("compress", "equal-cache", "article"):
             raise ValueError(f"mla_form is {self.mla_form!r}: no such form of latent attention")
+        if self.cache_format not in (None, *QUANTISED_ROWS):
+            known = ", ".join(QUANTISED_ROWS)
+            raise ValueError(f"cache_format is {self.cache_format!r}; known are {known}")
         if self.q_lora_rank is not None:
             raise ValueError(f"q_lora_rank is {self.q_lora_rank}: low-rank queries are unknown")
         if self.qk_rope_head_dim % (2 * self.rope_blocks):

@@ -16,7 +16,7 @@ from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import read_model
 from mlakit.nn import configs, models
 from mlakit.nn.cache import LatentCache
-from mlakit.spec import AttentionSpec
+from mlakit.spec import QUANTISED_ROWS, AttentionSpec, CacheKind
 
 INDEX = "model.safetensors.index.json"
 
@@ -34,7 +34,11 @@ def register() -> None:
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    cache_format: CacheKind | None = None,
 ) -> PreTrainedModel:
     """A checkpoint, converted or ordinary, in evaluation mode.
 
@@ -43,13 +47,20 @@ def load(
         dtype: dtype of the weights, e.g. ``torch.bfloat16`` or ``"bfloat16"``; the checkpoint's
             own by default.
         device: where the model goes.
+        cache_format: how ``new_cache`` holds the latents of a converted model: ``fp8``, ``int8`` or
+            ``int4``; as its config says by default.
 
     Raises:
         MlakitError: the folder is unfinished or incomplete, or transformers cannot read it.
         UnsupportedModelError: a newer mlakit wrote the folder.
-        UsageError: the dtype or the device cannot hold this model.
+        UsageError: the dtype or the device cannot hold this model, or the cache format is unknown
+            or for a model without latents.
     """
     register()
+    if cache_format not in (None, *QUANTISED_ROWS):
+        raise UsageError(
+            f"there is no cache format {cache_format!r}", remedy=f"use {', '.join(QUANTISED_ROWS)}"
+        )
     if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UsageError(f"there is no dtype {dtype!r}", remedy="use float32, bfloat16 or float16")
     folder = Path(path).expanduser()
@@ -73,6 +84,13 @@ def load(
     model, info = loaded
     _check_tensors(path, model.config, info)
     _check_range(path, model)
+    if cache_format is not None:
+        if not isinstance(model.config, configs.LatentConfig):
+            raise UsageError(
+                f"{path} caches keys and values, and a cache in {cache_format} is for latents",
+                remedy="convert it first, or leave the cache format out",
+            )
+        model.config.cache_format = cache_format
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
@@ -148,33 +166,17 @@ def attention_specs(model: Any) -> list[AttentionSpec]:
     return list(read_model(config.to_dict()).layers)
 
 
-def new_cache(
-    model: PreTrainedModel, batch_size: int, max_length: int, *, cache_format: str | None = None
-) -> Cache:
+def new_cache(model: PreTrainedModel, batch_size: int, max_length: int) -> Cache:
     """An empty cache for a model: a LatentCache if it was converted, else a DynamicCache.
 
     Args:
         model: the model.
         batch_size: sequences, B.
         max_length: tokens a sequence can hold; a DynamicCache grows and needs none.
-        cache_format: of the latent, see LatentCache; the model's own dtype by default.
-
-    Raises:
-        UsageError: a format for a model that caches keys and values, or an unknown one.
     """
     if isinstance(model.config, configs.LatentConfig):
         return LatentCache(
-            attention_specs(model),
-            batch_size,
-            max_length,
-            dtype=model.dtype,
-            device=model.device,
-            cache_format=cache_format,
-        )
-    if cache_format is not None:
-        raise UsageError(
-            f"a cache in {cache_format} is for latents, and this model caches keys and values",
-            remedy="convert the model first, or leave the format out",
+            attention_specs(model), batch_size, max_length, dtype=model.dtype, device=model.device
         )
     return DynamicCache(config=model.config)
 
