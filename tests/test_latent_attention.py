@@ -37,9 +37,9 @@ from mlakit.nn.hf import new_cache
 from mlakit.nn.latent_attention import (
     EqualCacheAttention,
     LatentNorm,
-    LatentRotaryEmbedding,
     MLAttention,
 )
+from mlakit.nn.rotary import LatentRotaryEmbedding
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 """float32: logits of size 6 after two layers; sums in another order differ by some 1e-5."""

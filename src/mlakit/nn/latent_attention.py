@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaRotaryEmbedding,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from mlakit.nn.cache import LatentCache
 from mlakit.nn.configs import LatentConfig
+from mlakit.nn.rotary import rotate
 from mlakit.ops import mla_decode
 
 
@@ -50,29 +48,6 @@ class LatentNorm(nn.Module):
         return (self.weight.to(torch.float32) * x).to(hidden_states.dtype)
 
 
-class LatentRotaryEmbedding(LlamaRotaryEmbedding):
-    """cos and sin of width R: the family's own schedule of R / rope_blocks dims, repeated.
-
-    The schedule comes from transformers' functions, given a config whose head is one block wide;
-    transformers itself recomputes the frequencies after loading on the meta device.
-    """
-
-    def __init__(self, config: LatentConfig) -> None:
-        super().__init__(config.rope_schedule())  # type: ignore[arg-type]
-        self.blocks = config.rope_blocks
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[B, S, R]`` in x's dtype for ``position_ids`` ``[B, S]``."""
-        cos, sin = super().forward(x, position_ids)
-        if self.blocks == 1:
-            return cos, sin
-        half = cos.shape[-1] // 2
-        return (
-            cos[..., :half].repeat(1, 1, 2 * self.blocks),
-            sin[..., :half].repeat(1, 1, 2 * self.blocks),
-        )
-
-
 class HeadProjection(nn.Module):
     """A matrix per head, ``weight [H, out, in]``, as the up-projection of queries."""
 
@@ -83,13 +58,6 @@ class HeadProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, S, in]`` to ``[B, H, S, out]``."""
         return torch.einsum("bhsi,hoi->bhso", x, self.weight)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns ``[B, H, S, R]`` by cos and sin ``[B, S, R]``, halves (re, im) side by side."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
 class MLAttention(nn.Module):

@@ -32,9 +32,9 @@ from mlakit.nn.latent_attention import (
     FORMS,
     HeadProjection,
     LatentNorm,
-    LatentRotaryEmbedding,
     MLAttention,
 )
+from mlakit.nn.rotary import LatentRotaryEmbedding
 
 
 def install_latent_attention(model: Any) -> None:
