@@ -143,9 +143,9 @@ def test_a_wrong_kernel_is_not_timed_and_the_sweep_goes_on() -> None:
     def away(problem):
         raise Absent("it is away")
 
-    rivals = {"wrong": wrong, "broken": broken, "away": away, "torch sdpa": RIVALS["torch sdpa"]}
+    rivals = {"wrong": wrong, "broken": broken, "away": away, "torch SDPA": RIVALS["torch SDPA"]}
     (found,) = sweep([Shape(4, 40, 2, 2, **TINY)], rivals=rivals)
-    assert [point.contender for point in found.points] == ["cpu", "torch sdpa"]
+    assert [point.contender for point in found.points] == ["cpu", "torch SDPA"]
     reasons = {gone.contender: gone for gone in found.missing}
     assert reasons["wrong"].failed and "off by" in reasons["wrong"].reason
     assert reasons["broken"] == Missing("broken", "RuntimeError: misaligned address", True)
@@ -168,7 +168,7 @@ def test_a_sweep_without_time_says_so() -> None:
 def test_rivals_say_why_they_are_not_here() -> None:
     problem = make_problem(Shape(16, 64, 2), CPU)
     for name, rival in RIVALS.items():
-        if name != "torch sdpa":
+        if name != "torch SDPA":
             with pytest.raises(Absent, match=r"not installed|CUDA only|failed|not on"):
                 rival(problem)
 
@@ -176,7 +176,7 @@ def test_rivals_say_why_they_are_not_here() -> None:
 @pytest.mark.parametrize("queries,varlen", [(1, False), (2, True)])
 def test_sdpa_in_mqa_form_is_the_same_attention(queries, varlen) -> None:
     problem = make_problem(Shape(4, 50, 3, queries, varlen, dtype="float32", **TINY), CPU)
-    out, _ = RIVALS["torch sdpa"](problem)()
+    out, _ = RIVALS["torch SDPA"](problem)()
     chosen, true_out, _ = sample_truth(problem)
     # float32 against float64
     torch.testing.assert_close(out[chosen].double(), true_out, rtol=1e-4, atol=1e-5)
@@ -205,7 +205,7 @@ def measured(count: int) -> Bench:
         shape = Shape(heads, length, 128, queries, varlen)
         seconds = shape.flops / roofs().roof(shape.intensity) / 1e12
         timings = {n: Timing(k * seconds, seconds, 3 * seconds, 9) for k, n in ((1.3, "gluon"),
-                   (2.1, "torch sdpa"))}  # fmt: skip
+                   (2.1, "torch SDPA"))}  # fmt: skip
         errors = dict.fromkeys(timings, 1e-4)
         found.append(
             ShapeResult(shape, make_points(shape, timings, {}, errors, ("gluon",), roofs()), ())
@@ -223,7 +223,7 @@ def test_roofline_with_none_one_and_many_points(count) -> None:
 
 
 def test_table_marks_what_was_not_measured_here() -> None:
-    console = Console(record=True, width=160, force_terminal=True)
+    console = Console(record=True, width=80, force_terminal=True)
     print_bench(measured(2), console)
     shown = console.export_text()
     assert "77 %" in shown and "1.62x" in shown
@@ -242,7 +242,7 @@ def test_verb_prints_and_writes(tmp_path) -> None:
     assert written["environment"]["torch"] == torch.__version__
     assert len(written["shapes"]) == 4 and written["ceilings"]["copy_gb_per_s"] > 0
     for found in written["shapes"]:
-        assert [p["contender"] for p in found["points"]] == ["cpu", "torch", "torch sdpa"]
+        assert [p["contender"] for p in found["points"]] == ["cpu", "torch", "torch SDPA"]
         assert all(p["largest_error"] < 0.01 for p in found["points"])
 
 

@@ -38,7 +38,7 @@ def test_gpu_suite_runs_its_steps_on_the_cpu(tmp_path):
         assert set(found["groups"]) == {"features", "dense", "quantised", "sparse", "prefill"}
     assert result["ceilings"]["copy_gb_per_s"] > 0 and not result["failures"]
     assert {p["contender"] for s in result["shapes"] for p in s["points"]} == {
-        "cpu", "torch", "torch sdpa",
+        "cpu", "torch", "torch SDPA",
     }  # fmt: skip
     assert result["end_to_end"][0]["latent"]["at_fixed_batch"]["tokens_per_s"] > 0
     assert result["environment"]["torch"] and (tmp_path / "suite.png").stat().st_size > 10_000

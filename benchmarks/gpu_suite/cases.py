@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import torch
 from benchmarks.gpu_suite import trials
@@ -140,12 +140,13 @@ def _quantised(device: str, quick: bool) -> Iterator[Case]:
 
 
 def _sparse(device: str, quick: bool) -> Iterator[Case]:
-    axes = product(
-        ("fp8", "model1", "bf16", "int8"), (16, 64, 128), SPARSE_SIZES, (4, 74, 321), (1, 3),
-        FEATURES,
-    )  # fmt: skip
-    for kind, h, sizes, b, s, features in axes:
-        if quick and (sizes, b, h) != (SPARSE_SIZES[2], 4, 16):
+    """FlashMLA's own matrix, and what only ours reads at a smaller one."""
+    theirs = product(("fp8", "model1"), (64, 128), SPARSE_SIZES, (4, 74, 321), (1, 3), FEATURES)
+    beyond = product(
+        ("bf16", "int8", "int4", "fp8"), (1, 16, 48), SPARSE_SIZES[1::3], (4,), (1, 3), FEATURES
+    )
+    for kind, h, sizes, b, s, features in chain(theirs, beyond):
+        if quick and (sizes, h, s) != (SPARSE_SIZES[1], 16, 1):
             continue
         label = f"{kind} h{h} L{sizes[0]} topk{sizes[1]} page{sizes[2]} b{b} s{s} {[*features]}"
         make = partial(trials.sparse_trial, kind, h, sizes, b, s, features, device)

@@ -227,11 +227,11 @@ def tilelang(problem: Problem) -> Run:
 
 
 RIVALS: dict[str, Contender] = {
-    "flash_mla (original)": flash_mla,
-    "flashinfer": flashinfer,
-    "vllm triton": vllm_triton,
-    "tilelang": tilelang,
-    "torch sdpa": sdpa,
+    "FlashMLA": flash_mla,
+    "FlashInfer": flashinfer,
+    "vLLM Triton": vllm_triton,
+    "TileLang": tilelang,
+    "torch SDPA": sdpa,
 }
 
 

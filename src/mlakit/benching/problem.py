@@ -106,9 +106,9 @@ class Shape:
 
     @property
     def label(self) -> str:
-        """In a few characters, e.g. ``h128 s2 L4096 b128 varlen``."""
+        """In a few characters, e.g. ``h128 s2 L4096 varlen``."""
         ragged = " varlen" if self.varlen else ""
-        return f"h{self.heads} s{self.queries} L{self.length} b{self.batch}{ragged}"
+        return f"h{self.heads} s{self.queries} L{self.length}{ragged}"
 
 
 @dataclass(frozen=True)

@@ -228,9 +228,9 @@ def _notes(batch: int, rounds: int, on_cuda: bool) -> tuple[str, ...]:
     if on_cuda:
         timed = (
             f"medians of up to {rounds} runs in turn, L2 cache overwritten between them; whole "
-            "call by device events; kernel: device time of all kernels of a call, planning and "
-            "combine included; main kernel: the longest alone, as FlashMLA's tests count; rivals' "
-            "schedules are made beforehand, ours is part of the call"
+            "call by device events; kernels: TFLOPS by the device time of all kernels of a call, "
+            "planning and combine included; main: of the longest kernel alone, as FlashMLA's tests "
+            "count; rivals' schedules are made beforehand, ours is part of the call"
         )
     else:
         timed = (

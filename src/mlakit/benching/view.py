@@ -31,16 +31,17 @@ def print_bench(done: Bench, console: Console) -> None:
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
+        pad_edge=False,
     )
-    for head in heads:
-        table.add_column(Text(head), justify="left" if head in ("shape", "kernel") else "right")
+    for index, head in enumerate(heads[1:]):
+        table.add_column(Text(head), justify="right" if index else "left", no_wrap=True)
     for found in done.shapes:
-        label = found.shape.label
+        table.add_row(found.shape.label, style="bold")
         for point in found.points:
-            style = "bold" if point.ours else "dim"
+            name, *rest = _cells(point, on_cuda)
             last = point is found.points[-1]
-            table.add_row(label, *_cells(point, on_cuda), style=style, end_section=last)
-            label = ""
+            style = "" if point.ours else "dim"
+            table.add_row(f"  {name}", *rest, style=style, end_section=last)
     console.print(table, highlight=False)
 
 
@@ -64,7 +65,9 @@ def footnotes(done: Bench) -> list[str]:
     lines = [
         f"ceilings, this run: copy {number(roofs.copy_gb_per_s)} GB/s, read "
         f"{number(roofs.read_gb_per_s)} GB/s, matmul {number(factor * roofs.matmul_tflops)} "
-        f"{unit} ({roofs.matmul}); % of roof: of what they allow at the shape's FLOP per byte",
+        f"{unit} ({roofs.matmul})",
+        "whole calls: ms, GB/s and rate; ±: half the distance of the quartiles; roof: of what "
+        "the ceilings allow at the shape's FLOP per byte; vs rival: times faster than the fastest",
         *done.notes,
     ]
     lines += [f"not here: {name}: {reason}" for name, reason in done.absences.items()]
@@ -80,33 +83,26 @@ def footnotes(done: Bench) -> list[str]:
 
 
 def _heads(on_cuda: bool) -> list[str]:
-    device = ["kernel ms", "kernel TFLOPS", "main kernel"] if on_cuda else []
+    device = ["kernels", "main"] if on_cuda else []
     rate = "TFLOPS" if on_cuda else "GFLOPS"
-    return ["shape", "kernel", "ms", "spread", *device, "GB/s", rate, "% of roof", "vs best rival"]
+    return ["shape", "kernel", "ms", "±", "GB/s", rate, "roof", *device, "vs rival"]
 
 
 def _cells(point: Point, on_cuda: bool) -> tuple[str, ...]:
-    whole = point.whole
-    spread = f"{number(1e3 * whole.low)}–{number(1e3 * whole.high)}"
-    device: list[str] = []
-    if on_cuda:
-        together = point.kernels.together.median if point.kernels else None
-        device = [
-            "" if value is None else number(value)
-            for value in (
-                None if together is None else 1e3 * together,
-                point.kernel_tflops,
-                point.main_kernel_tflops,
-            )
-        ]
-    ratio = point.ratio_to_best_rival
+    whole, ratio = point.whole, point.ratio_to_best_rival
+    device = (point.kernel_tflops, point.main_kernel_tflops) if on_cuda else ()
     return (
         point.contender,
         number(1e3 * whole.median),
-        spread,
-        *device,
-        number(point.gb_per_s),
-        number(point.tflops if on_cuda else 1e3 * point.tflops),
+        f"{50 * (whole.high - whole.low) / whole.median:.0f} %",
+        _short(point.gb_per_s),
+        _short(point.tflops if on_cuda else 1e3 * point.tflops),
         f"{point.percent_of_roof:.0f} %",
+        *("" if rate is None else _short(rate) for rate in device),
         "" if ratio is None else f"{ratio:.2f}x",
     )
+
+
+def _short(rate: float) -> str:
+    """Three digits or whole."""
+    return number(round(rate) if rate >= 100 else rate)
