@@ -33,6 +33,9 @@ FIXED_STEPS = 16
 
 PLAN_BLOCK, COMBINE_ITEMS = 64, 16
 
+LAUNCH: dict[str, Any] = {"launch_pdl": True, "enable_fp_fusion": True}
+"""Options: start before the launch before has ended; multiply and add in one (3.10 asks for it)."""
+
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 """How the tensor cores want 64 columns of 16 bits in shared memory."""
 
@@ -90,10 +93,10 @@ def _why_not_memory(cache: Tensor) -> str:
     page, token, head = cache.stride()[:3]
     if cache.data_ptr() % 16 or token % 8 or (cache.shape[2] > 1 and head % 8):
         return "the cache's rows do not start at multiples of 16 bytes"
-    if cache.shape[0] > 1 and page % token:
-        return f"the cache's pages start every {page} numbers, no multiple of a row's {token}"
     if token < WIDTH + (cache.shape[2] - 1) * head:
         return "a token's kv heads are not beside one another"
+    if cache.shape[0] > 1 and page % token:
+        return f"the cache's pages start every {page} numbers, no multiple of a row's {token}"
     return ""
 
 
@@ -132,6 +135,7 @@ def make_plan(call: DenseCall) -> Plan:
         plan[(1,)](
             call.cache_seqlens, *made, batch, call.capacity, parts, call.cache_seqlens.stride(0),
             FIXED=fixed, BLOCK=PLAN_BLOCK, PARTS=triton.next_power_of_2(parts + 1), num_warps=8,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return made
 
@@ -153,16 +157,16 @@ def attend(call: DenseCall, made: Plan, out: Tensor, lse: Tensor) -> None:
         call.cache_seqlens.stride(0),
     ]  # fmt: skip
     grid = (math.ceil(queries * group / rows), kv_heads, parts)
-    options: dict[str, Any] = {"CAUSAL": call.causal and queries > 1, "launch_pdl": True}
+    causal = call.causal and queries > 1
     each = math.ceil(call.batch_size * queries * heads / (16 * _processors(call.q.device)))
     with torch.cuda.device_of(call.q):
         if rows > SWAPPED_ROWS:
-            seesaw[grid](*arguments, **options, num_warps=4)
+            seesaw[grid](*arguments, CAUSAL=causal, num_warps=4, **LAUNCH)
         else:
-            swapped[grid](*arguments, **options, ROWS=rows, num_warps=8)
+            swapped[grid](*arguments, CAUSAL=causal, ROWS=rows, num_warps=8, **LAUNCH)
         combine[(math.ceil(queries * heads / each), call.batch_size)](
             out, lse, partial_out, partial_lse, made.first, queries, group, heads, each,
-            RANK=RANK, ITEMS=COMBINE_ITEMS, launch_pdl=True,
+            RANK=RANK, ITEMS=COMBINE_ITEMS, **LAUNCH,
         )  # fmt: skip
 
 
@@ -187,13 +191,14 @@ def _cache_rows(cache: Tensor) -> tuple[Tensor, int]:
 
 def _query_rows(call: DenseCall) -> Tensor:
     """The queries as rows ``[B * G * S * H / G, 576]``, those of a kv head together."""
-    q = call.q.detach()
-    kv_heads = call.k_cache.shape[2]
+    q, kv_heads = call.q.detach(), call.k_cache.shape[2]
     if kv_heads > 1 and call.max_seqlen_q > 1:
-        q = q.unflatten(0, (-1, call.max_seqlen_q)).unflatten(2, (kv_heads, -1)).transpose(1, 2)
-        return q.reshape(-1, WIDTH)
-    aligned = q.stride(0) == q.shape[1] * q.stride(1) and not (q.stride(1) % 8 or q.data_ptr() % 16)
-    return (q if aligned else q.clone(memory_format=torch.contiguous_format)).flatten(0, 1)
+        q = q.unflatten(0, (-1, call.max_seqlen_q)).unflatten(2, (kv_heads, -1))
+        q = q.transpose(1, 2).flatten(0, 2)
+    even = q.stride(0) == q.shape[1] * q.stride(1) and q.stride(1) >= WIDTH
+    if not even or q.stride(1) % 8 or q.data_ptr() % 16:
+        q = q.clone(memory_format=torch.contiguous_format)
+    return q.flatten(0, 1)
 
 
 def _boxes(rows: Tensor, height: int, width: int) -> TensorDescriptor:

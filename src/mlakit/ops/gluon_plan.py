@@ -101,7 +101,7 @@ def _steps(lengths, sequence, batch, capacity, length_stride):
     return tl.cdiv(tl.minimum(tl.maximum(length, 0), capacity), STEP)
 
 
-@triton.jit(do_not_specialize=["each"])
+@triton.jit(do_not_specialize=["queries", "group", "heads", "each"])
 def combine(
     out,
     lse,

@@ -371,7 +371,7 @@ def store_result(job, item, number, o, l, COLUMN: gl.constexpr, RESULT: gl.const
         gl.store(job.partial_out + at, o, mask=real)
 
 
-@gluon.jit(do_not_specialize=["capacity", "table_stride"])
+@gluon.jit(do_not_specialize=["queries", "group", "capacity", "table_stride"])
 def seesaw(
     cache_half, cache_rope, q_half, q_rope, table, lengths, part_items, items, out, lse,
     partial_out, partial_lse, scale, queries, group, capacity, page_rows, head_columns,
