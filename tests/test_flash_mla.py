@@ -56,7 +56,9 @@ def test_causal_is_off_by_default_in_flash_mla_only():
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 5000), max_size=12), st.integers(1, 132))
 def test_schedule_covers_every_block_once(lengths, parts):
-    rows, splits = tile_schedule(lengths, parts)
+    metadata, num_splits = tile_schedule(torch.tensor(lengths, dtype=torch.int32), parts)
+    assert metadata.dtype == num_splits.dtype == torch.int32
+    rows, splits = metadata.tolist(), num_splits.tolist()
     assert len(rows) == parts and len(splits) == len(lengths) + 1
     blocks = [math.ceil(length / 64) for length in lengths]
     covered = [[] for _ in lengths]
@@ -70,3 +72,10 @@ def test_schedule_covers_every_block_once(lengths, parts):
     assert covered == [list(range(count)) for count in blocks]
     assert [b - a for a, b in itertools.pairwise(splits)] == pieces
     assert sum(pieces) <= len(lengths) + parts
+
+
+def test_metadata_reads_nothing_on_the_host():
+    """Tensors of the meta device have no values to read, so a CUDA graph captures the call too."""
+    lengths = torch.zeros(5, dtype=torch.int32, device="meta")
+    metadata, splits = get_mla_metadata(lengths, 128, 1)
+    assert metadata.shape == (torch.get_num_threads() // 2 or 1, 8) and splits.shape == (6,)

@@ -12,7 +12,6 @@ size, latent rank, rope size and head count.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,11 +68,10 @@ def get_mla_metadata(
         Without arguments ``(TileSchedule(), None)``. With the first three
         ``(tile_scheduler_metadata int32 [parts, 8], num_splits int32 [B + 1])`` on the device of
         ``cache_seqlens``: per part its first request and block, its last request and the block
-        after its last, the number of the split that its first request is in, and three zeros (a
-        part without work starts at request B); and the number of splits before each request. The
-        lengths are read on the host. FlashMLA's rule: a part is a streaming multiprocessor, here a
-        torch thread on the CPU, and requests are cut in order so that blocks plus a fixed cost per
-        cut come out even.
+        after its last, the number of the split that its first request is in, and three zeros (the
+        last request of a part without work comes before its first); and the number of splits
+        before each request. A part is a streaming multiprocessor, on the CPU a torch thread. A
+        CUDA graph captures the call: nothing is read on the host.
 
     Raises:
         UsageError: if only some of the arguments are given, or they are out of range.
@@ -97,13 +95,8 @@ def get_mla_metadata(
         )
     tiles = math.ceil(num_heads_per_head_k / TILE_ROWS)
     parts = max(1, _processors(cache_seqlens.device) // num_heads_k // tiles)
-    lengths = cache_seqlens.tolist() if topk is None else [topk] * len(cache_seqlens)
-    rows, splits = tile_schedule(lengths, parts)
-    device = cache_seqlens.device
-    return (
-        torch.tensor(rows, dtype=torch.int32, device=device),
-        torch.tensor(splits, dtype=torch.int32, device=device),
-    )
+    lengths = cache_seqlens if topk is None else torch.full_like(cache_seqlens, topk)
+    return tile_schedule(lengths, parts)
 
 
 def flash_mla_with_kvcache(
@@ -189,27 +182,39 @@ def flash_mla_with_kvcache(
     )  # fmt: skip
 
 
-def tile_schedule(lengths: Sequence[int], parts: int) -> tuple[list[list[int]], list[int]]:
+def tile_schedule(lengths: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     """Cut requests of the given lengths into ``parts`` pieces of even cost, in order.
 
+    The requests lie in a row, each as long as its blocks and ``SPLIT_COST`` before them, and the
+    row is cut into equal shares. Computed where the lengths are, without waiting for them.
+
+    Args:
+        lengths: int32 ``[B]``.
+        parts: how many pieces.
+
     Returns:
-        The rows of ``tile_scheduler_metadata`` and ``num_splits``, see ``get_mla_metadata``.
+        ``tile_scheduler_metadata`` and ``num_splits``, see ``get_mla_metadata``.
     """
-    blocks = [math.ceil(length / SPLIT_BLOCK) for length in lengths]
-    payload = math.ceil((sum(blocks) + SPLIT_COST * len(blocks)) / parts) + SPLIT_COST
-    rows, splits = [], [0]
-    request = block = split = 0
-    for _ in range(parts):
-        begin, begin_split, left = (request, block), split, payload
-        while request < len(blocks) and left >= blocks[request] - block + SPLIT_COST:
-            left -= blocks[request] - block + SPLIT_COST
-            splits.append(splits[-1] + split + 1)
-            request, block, split = request + 1, 0, 0
-        if request < len(blocks) and left > SPLIT_COST:
-            block, split = block + left - SPLIT_COST, split + 1
-        end = (request, block) if block else (request - 1, blocks[request - 1] if request else 0)
-        rows.append([*begin, *end, begin_split, 0, 0, 0])
-    return rows, splits
+    if not len(lengths):
+        nothing = lengths.new_tensor([0, 0, -1, 0, 0, 0, 0, 0])
+        return nothing.expand(parts, 8).contiguous(), lengths.new_zeros(1)
+    blocks = (lengths + SPLIT_BLOCK - 1) // SPLIT_BLOCK
+    cost = blocks.clamp_min(1) + SPLIT_COST  # an empty request is somebody's, too
+    end = cost.cumsum(0, dtype=torch.int32)
+    place = end - cost + SPLIT_COST  # of a request's first block in the row
+    share = (end[-1] + parts - 1) // parts
+    first_part, last_part = place // share, (end - 1) // share
+    splits = torch.nn.functional.pad((last_part - first_part + 1).cumsum(0), (1, 0))
+    part = torch.arange(parts, dtype=torch.int32, device=lengths.device)
+    begin = torch.searchsorted(last_part, part)
+    last = torch.searchsorted(first_part, part, right=True) - 1
+    at, to = begin.clamp_max(len(lengths) - 1), last.clamp_min(0)
+    starts = (part * share - place[at]).clamp_min(0)
+    stops = torch.minimum((part + 1) * share - place[to], blocks[to])
+    numbers = (begin, starts, last, stops, (part - first_part[at]).clamp_min(0))
+    rows = torch.zeros(parts, 8, dtype=torch.int32, device=lengths.device)
+    rows[:, :5] = torch.stack(numbers, 1)
+    return rows, splits.to(torch.int32)
 
 
 def _processors(device: torch.device) -> int:
