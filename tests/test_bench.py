@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import mlakit
 from decode_cases import problem as decode_problem
-from mlakit.benching.clock import Ceilings, Clock, Timing, kernel_timing
+from mlakit.benching.clock import Ceilings, Clock, DeviceLost, Timing, kernel_timing
 from mlakit.benching.contenders import RIVALS, Absent, ours
 from mlakit.benching.problem import Shape, make_problem
 from mlakit.benching.published import PUBLISHED
@@ -153,6 +153,21 @@ def test_a_wrong_kernel_is_not_timed_and_the_sweep_goes_on() -> None:
     mine, rival = found.points
     assert mine.ratio_to_best_rival == pytest.approx(rival.whole.median / mine.whole.median)
     assert rival.ratio_to_best_rival is None and found.matmul_tflops
+
+
+def test_a_kernel_that_breaks_while_it_is_timed_is_named() -> None:
+    def later(problem):
+        right, calls = ours("cpu")(problem), iter(range(9))
+
+        def run():
+            if next(calls) == 2:
+                raise RuntimeError("an illegal memory access\nand more")
+            return right()
+
+        return run
+
+    with pytest.raises(DeviceLost, match="later broke the device: an illegal memory access"):
+        sweep([Shape(4, 40, 2, **TINY)], rivals={"later": later})
 
 
 def test_results_survive_json() -> None:

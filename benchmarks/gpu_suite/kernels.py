@@ -12,11 +12,10 @@ from dataclasses import asdict
 import torch
 from benchmarks.gpu_suite.lines import say
 
-from mlakit.benching.clock import Clock, measure_ceilings
+from mlakit.benching.clock import Clock, DeviceLost, measure_ceilings
 from mlakit.benching.contenders import RIVALS
 from mlakit.benching.problem import Shape
 from mlakit.benching.sweep import (
-    DeviceLost,
     default_batch,
     default_rounds,
     run_sweep,

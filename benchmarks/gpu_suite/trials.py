@@ -283,6 +283,7 @@ def graph_trial(device: str) -> Trial:
     q, pages, table, seqlens = dense_tensors([4096] * 6, 2, 16, device=device)
     options = {"softmax_scale": 0.04, "causal": True}
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         mla_decode(q, pages, table, seqlens, 512, **options)
     torch.cuda.current_stream().wait_stream(side)

@@ -22,6 +22,21 @@ PATIENCE = 3.0
 FEWEST_ROUNDS = 3
 
 
+class DeviceLost(MlakitError):
+    """A contender broke while it was timed, and nothing after it in this process would be true.
+
+    Attributes:
+        contender: which one.
+    """
+
+    def __init__(self, contender: str, why: str) -> None:
+        super().__init__(
+            f"{contender} broke the device: {why}",
+            remedy="measure the others without it: name them with --kernel, or --no-rivals",
+        )
+        self.contender = contender
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of several runs.
@@ -114,6 +129,9 @@ class Clock:
 
         Taking turns spreads what else the machine does over all of them. After ``PATIENCE`` and
         ``FEWEST_ROUNDS`` there are no more rounds.
+
+        Raises:
+            DeviceLost: one of them failed.
         """
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         start = time.perf_counter()
@@ -121,30 +139,46 @@ class Clock:
             if turn > FEWEST_ROUNDS and time.perf_counter() - start > PATIENCE:
                 break
             for name, run in runs.items():
-                spent = self.once(run)
+                try:
+                    spent = self.once(run)
+                except RuntimeError as error:
+                    raise DeviceLost(name, str(error).partition("\n")[0]) from error
                 if turn:
                     seconds[name].append(spent)
         return {name: Timing.of(values) for name, values in seconds.items()}
 
-    def kernels(self, run: Callable[[], Any], rounds: int) -> KernelTiming | None:
-        """Device time of the kernels of a call, by torch's profiler; None without CUDA."""
+    def kernels(self, name: str, run: Callable[[], Any], rounds: int) -> KernelTiming | None:
+        """Device time of a call's kernels, by torch's profiler; None without CUDA or profiler.
+
+        Args:
+            name: what is timed.
+            run: the call.
+            rounds: how often.
+
+        Raises:
+            DeviceLost: it failed.
+        """
         if self.device.type != "cuda":
             return None
         from torch.profiler import ProfilerActivity, profile
 
-        run()
-        torch.cuda.synchronize(self.device)
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(rounds):
-                self.flush()
-                run()
-            torch.cuda.synchronize(self.device)
-        events = [
-            (event.time_range.start, event.name, event.time_range.elapsed_us() / 1e6)
-            for event in profiler.events() or []
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        ]
-        return kernel_timing(events)
+        try:
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                for _ in range(rounds):
+                    self.flush()
+                    run()
+                torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            if self.alive():
+                return None  # the profiler's own trouble: some machines lend no counters
+            raise DeviceLost(name, str(error).partition("\n")[0]) from error
+        return kernel_timing(
+            [
+                (event.time_range.start, event.name, event.time_range.elapsed_us() / 1e6)
+                for event in profiler.events() or []
+                if event.device_type == torch.autograd.DeviceType.CUDA
+            ]
+        )
 
 
 def kernel_timing(events: list[tuple[float, str, float]]) -> KernelTiming | None:

@@ -9,29 +9,13 @@ from dataclasses import replace
 
 import torch
 
-from mlakit.benching.clock import Ceilings, Clock, KernelTiming, Timing, matmul
+from mlakit.benching.clock import Ceilings, Clock, DeviceLost, KernelTiming, Timing, matmul
 from mlakit.benching.contenders import RIVALS, Absent, Contender, Run, ours
 from mlakit.benching.problem import Problem, Shape, make_problem
 from mlakit.benching.result import Missing, ShapeResult, make_points
 from mlakit.benching.truth import judge, sample_truth, tolerance_of
-from mlakit.errors import MlakitError
 
 Progress = Callable[[str, int, int], None]
-
-
-class DeviceLost(MlakitError):
-    """A contender broke the device for the rest of the process.
-
-    Attributes:
-        contender: which one.
-    """
-
-    def __init__(self, contender: str, where: str, why: str) -> None:
-        super().__init__(
-            f"{contender} at {where} broke the device: {why}",
-            remedy="measure the others without it: name them with --kernel, or --no-rivals",
-        )
-        self.contender = contender
 
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -128,14 +112,14 @@ def _measure(
     for name, contender in contenders.items():
         found = _prepare(problem, contender, sample)
         if isinstance(found, Missing) and found.failed and not clock.alive():
-            raise DeviceLost(name, shape.label, found.reason)
+            raise DeviceLost(name, f"{found.reason} at {shape.label}")
         if isinstance(found, tuple):
             runs[name], errors[name] = found
         else:
             missing.append(replace(found, contender=name))
     timings, matmul_tflops = _in_turn(clock, runs, rounds)
     device: dict[str, KernelTiming | None] = {
-        name: clock.kernels(run, max(2, rounds // 2)) for name, run in runs.items()
+        name: clock.kernels(name, run, max(2, rounds // 2)) for name, run in runs.items()
     }
     points = make_points(shape, timings, device, errors, kernels, ceilings, matmul_tflops)
     del problem, sample, runs
