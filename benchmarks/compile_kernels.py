@@ -15,42 +15,147 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mlakit.ops.triton_decode import COMBINE_ITEMS, PLAN_BLOCK, choose_tile
-from mlakit.ops.triton_kernels import attend, combine, plan
+from mlakit.ops import CacheFormat, triton_decode
+from mlakit.ops.call import DenseCall, SparseCall, dense_call, selection
 
 RESULTS = Path(__file__).parent / "results"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
+}  # fmt: skip
+BATCH, PROCESSORS = 128, 132
 
 SHARED_LIMIT = {
     "sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
 }  # fmt: skip
 """KiB of shared memory that one program may have."""
 
-PROBLEMS: dict[str, tuple[torch.dtype, int, int, int, int, int]] = {
-    "512+64, 16 rows": (torch.bfloat16, 16, 512, 576, 576, 64),
-    "512+64, 128 rows": (torch.bfloat16, 128, 512, 576, 576, 64),
-    "512+64, 128 rows, pages of 16": (torch.bfloat16, 128, 512, 576, 576, 16),
-    "1024+1024 apart, 32 rows": (torch.bfloat16, 32, 1024, 1024, 2048, 64),
-    "512+64 in float32, 16 rows": (torch.float32, 16, 512, 576, 576, 64),
-    "256+32, 32 rows": (torch.bfloat16, 32, 256, 288, 288, 64),
-    "256+128, 128 rows": (torch.bfloat16, 128, 256, 384, 384, 64),
-    "128+16, 128 rows, pages of 16": (torch.bfloat16, 128, 128, 144, 144, 16),
-    "500+20, 128 rows": (torch.bfloat16, 128, 500, 520, 520, 64),
-    "5+2, 1 row, pages of 24": (torch.bfloat16, 1, 5, 7, 7, 24),
+FP8, MODEL1, INT8, INT4 = (
+    CacheFormat("fp8", 512, 64), CacheFormat("model1", 448, 64), CacheFormat("int8", 512, 64),
+    CacheFormat("int4", 512, 64),
+)  # fmt: skip
+
+
+def dense(
+    heads: int,
+    rank: int = 512,
+    rope: int = 64,
+    *,
+    width: int | None = None,
+    page: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    cache_format: CacheFormat | None = None,
+    queries: int = 1,
+    ragged: bool = False,
+    **options: Any,
+) -> DenseCall:
+    """A call of tensors without memory."""
+    row = cache_format.width if cache_format else rank + rope
+    q = torch.empty(BATCH, queries, heads, width or row, dtype=dtype, device="meta")
+    if cache_format:
+        pages = cache_format.allocate(4096, page, "meta")
+    else:
+        pages = torch.empty(4096, page, 1, row, dtype=dtype, device="meta")
+    table = torch.empty(BATCH, 64, dtype=torch.int32, device="meta")
+    if ragged:
+        starts = torch.empty(BATCH + 1, dtype=torch.int32, device="meta")
+        q, options = q.flatten(0, 1), {**options, "cu_seqlens_q": starts, "max_seqlen_q": queries}
+    return dense_call(
+        q, pages, table, table[:, 0], rank, softmax_scale=1.0, cache_format=cache_format, **options
+    )
+
+
+def sparse(
+    heads: int, cache_format: CacheFormat | None, *, rank: int = 512, caches: int = 1
+) -> SparseCall:
+    """A sparse call of tensors without memory: 2048 rows of each of one or two caches."""
+    row = cache_format.width if cache_format else 576
+    q = torch.empty(BATCH, 1, heads, row, dtype=torch.bfloat16, device="meta")
+    some = torch.empty(BATCH, 1, 2048, dtype=torch.int32, device="meta")
+    if cache_format:
+        pages = cache_format.allocate(4096, 64, "meta")
+    else:
+        pages = torch.empty(4096, 64, 1, row, dtype=torch.bfloat16, device="meta")
+    one = selection(q, pages, some, some[:, 0, 0], cache_format, rank)
+    return SparseCall(q.flatten(0, 1), (one,) * caches, rank, 1.0, False)
+
+
+PROBLEMS: dict[str, DenseCall | SparseCall] = {
+    "512+64, 16 rows": dense(16),
+    "512+64, 128 rows": dense(128),
+    "512+64, 128 rows, pages of 16": dense(128, page=16),
+    "512+64, 24 rows, window, cap, ragged": dense(
+        24, queries=4, ragged=True, sliding_window=4096, soft_cap=50.0
+    ),
+    "512+64, 16 rows, window, cap, ragged": dense(
+        16, queries=4, ragged=True, sliding_window=4096, soft_cap=50.0, batch_invariant=True
+    ),
+    "1024+1024 apart, 32 rows": dense(32, 1024, 1024, width=1024),
+    "512+64 in float32, 16 rows": dense(16, dtype=torch.float32),
+    "256+32, 32 rows": dense(32, 256, 32),
+    "256+128, 128 rows": dense(128, 256, 128),
+    "128+16, 128 rows, pages of 16": dense(128, 128, 16, page=16),
+    "500+20, 128 rows": dense(128, 500, 20),
+    "5+2, 1 row, pages of 24": dense(1, 5, 2, page=24),
+    "fp8 512+64, 16 rows": dense(16, cache_format=FP8),
+    "fp8 512+64, 128 rows": dense(128, cache_format=FP8),
+    "model1 448+64, 128 rows": dense(128, cache_format=MODEL1),
+    "int8 512+64, 128 rows": dense(128, cache_format=INT8),
+    "int4 512+64, 128 rows": dense(128, cache_format=INT4),
+    "fp8 256+64, 16 rows": dense(16, 256, cache_format=CacheFormat("fp8", 256, 64)),
+    "fp8 1024+1024 apart, 32 rows": dense(
+        32, 1024, width=1024, cache_format=CacheFormat("fp8", 1024, 1024)
+    ),
+    "fp8 512+64 in float32, 16 rows": dense(16, dtype=torch.float32, cache_format=FP8),
+    "sparse bf16 512+64, 128 heads": sparse(128, None),
+    "sparse fp8 512+64, 128 heads": sparse(128, FP8),
+    "sparse model1 448+64, 64 heads, two caches": sparse(64, MODEL1, rank=512, caches=2),
 }
-"""Name: dtype, query rows of a kv head, C, W, columns of a cache row, page size."""
+"""Calls that between them use every kind of tile, format and feature."""
 
 
-def compile_for(target: str, kernel: Any, arguments: dict[str, Any], **options: int) -> Any:
+def launches(target: str, call: DenseCall | SparseCall) -> dict[str, tuple[Any, dict, dict]]:
+    """What a call launches on a target: per kernel's name itself, its arguments, its options."""
+    found = {}
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return self.record
+
+        def record(self, *values: Any, **named: Any) -> None:
+            arguments = dict(zip(self.kernel.arg_names, values))
+            arguments |= {n: named.pop(n) for n in list(named) if n in self.kernel.arg_names}
+            found[self.kernel.__name__] = (self.kernel, arguments, named)
+
+    name = target if target.startswith("sm_") else "hip"
+    with ExitStack() as stack:
+        for kernel in ("plan", "attend", "combine"):
+            recorder = Recorder(getattr(triton_decode, kernel))
+            stack.enter_context(mock.patch.object(triton_decode, kernel, recorder))
+        device = mock.patch.object(triton_decode, "_device", lambda _: (name, PROCESSORS))
+        stack.enter_context(device)
+        decode = triton_decode.decode if isinstance(call, DenseCall) else (
+            triton_decode.decode_selected
+        )  # fmt: skip
+        decode(call)  # type: ignore[arg-type]
+    return found
+
+
+def compile_for(target: str, kernel: Any, arguments: dict[str, Any], **options: Any) -> Any:
     """Compile a kernel as a launch with these arguments would.
 
     Args:
@@ -58,7 +163,7 @@ def compile_for(target: str, kernel: Any, arguments: dict[str, Any], **options: 
         kernel: a ``triton.jit`` function.
         arguments: per name a pointer type such as ``*bf16``, a scalar type, an int (a divisor
             by 16 is told to the compiler and 1 built in, as a launch does), or a constexpr value.
-        options: ``num_warps`` and ``num_stages``.
+        options: ``num_warps``, ``num_stages`` ...
     """
     signature, constants, divisible = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -100,42 +205,25 @@ def resources(compiled: Any) -> dict[str, int]:
     return {"registers": int(used[1]), "spilled": int(used[2]), "shared": shared}
 
 
-def compile_attend(target: str, problem: str, *, batch: int = 128) -> dict[str, Any]:
-    """The tile chosen for one of ``PROBLEMS`` on a target, and what it occupies."""
-    dtype, rows, rank, width, row, page = PROBLEMS[problem]
-    tile = choose_tile(
-        target if target.startswith("sm_") else "hip", dtype, rows, rank, width, row, row % 16 == 0
-    )
-    arguments: dict[str, Any] = dict.fromkeys(("q", "cache", "out"), f"*{NAMES[dtype]}")
-    arguments |= dict.fromkeys(("table", "lengths", "first", "owner"), "*i32")
-    arguments |= dict.fromkeys(("lse", "partial_out", "partial_lse"), "*fp32")
-    arguments |= {
-        "scale": "fp32", "batch": batch, "queries": 1, "group": rows, "kv_heads": 1,
-        "row_tiles": -(-rows // tile.rows), "capacity": 64 * page, "q_batch_stride": rows * width,
-        "q_query_stride": rows * width, "q_head_stride": width, "page_stride": page * row,
-        "token_stride": row, "kv_head_stride": row, "table_stride": 64, "entry_stride": 1,
-        "length_stride": 1, "RANK": rank, "WIDTH": width, "KEY_START": row - width, "CAUSAL": True,
-        "PAGE": page, "SHARED": tile.shared, "ROWS": tile.rows, "TOKENS": tile.tokens,
-        "VALUES": tile.values, "KEYS": tile.keys,
+def compile_kernel(target: str, problem: str, kernel: str = "attend") -> dict[str, Any]:
+    """What a kernel that one of ``PROBLEMS`` launches occupies, and the tile chosen for it."""
+    function, arguments, options = launches(target, PROBLEMS[problem])[kernel]
+    arguments = {
+        name: POINTERS[value.dtype] if isinstance(value, torch.Tensor)
+        else "fp32" if isinstance(value, float) else value
+        for name, value in arguments.items()
     }  # fmt: skip
-    compiled = compile_for(target, attend, arguments, num_warps=tile.warps, num_stages=tile.stages)
-    return {"tile": vars(tile), **resources(compiled)}
+    tile = {"tile": vars(arguments["TILE"])} if kernel == "attend" else {}
+    return tile | resources(compile_for(target, function, arguments, **options))
 
 
-def compile_plan(target: str, *, batch: int = 128) -> dict[str, int]:
-    """What ``plan`` occupies."""
-    arguments: dict[str, Any] = dict.fromkeys(("lengths", "first", "owner"), "*i32")
-    arguments |= {"batch": batch, "parts": batch, "capacity": 4096, "length_stride": 1}
-    arguments |= {"TOKENS": 32, "BLOCK": PLAN_BLOCK}
-    return resources(compile_for(target, plan, arguments))
-
-
-def compile_combine(target: str, *, heads: int = 128) -> dict[str, int]:
-    """What ``combine`` occupies."""
-    arguments: dict[str, Any] = dict.fromkeys(("lse", "partial_out", "partial_lse"), "*fp32")
-    arguments |= {"out": "*bf16", "first": "*i32", "queries": 1, "heads": heads, "group": heads}
-    arguments |= {"RANK": 512, "COLUMNS": 512, "ITEMS": COMBINE_ITEMS}
-    return resources(compile_for(target, combine, arguments))
+def compile_all(target: str, problems: Iterable[str] = PROBLEMS) -> Iterator[tuple[str, dict]]:
+    """Per kernel, what it occupies and whether it fits."""
+    for problem in problems:
+        yield problem, compile_kernel(target, problem)
+    for kernel in ("plan", "combine"):
+        for problem in ("512+64, 24 rows, window, cap, ragged", "sparse bf16 512+64, 128 heads"):
+            yield f"{kernel} of {problem}", compile_kernel(target, problem, kernel)
 
 
 def main() -> None:
@@ -147,10 +235,9 @@ def main() -> None:
     kernels: dict[str, dict[str, Any]] = {}
     bad = []
     for target in arguments.target or SHARED_LIMIT:
-        row: dict[str, Any] = {problem: compile_attend(target, problem) for problem in PROBLEMS}
-        row |= {"plan": compile_plan(target), "combine": compile_combine(target)}
-        kernels[target] = row
-        for name, used in row.items():
+        kernels[target] = {}
+        for name, used in compile_all(target):
+            kernels[target][name] = used
             fits = used["shared"] <= SHARED_LIMIT[target] * 1024 and not used["spilled"]
             bad += [] if fits else [f"{target} {name}"]
             print(f"{target} {name}: {used}", "" if fits else "DOES NOT FIT", flush=True)

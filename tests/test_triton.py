@@ -39,16 +39,22 @@ interpreter = pytest.mark.skipif(
 )
 
 
+FEW = [
+    "deepseek_shape", "without_a_key", "strided", "features and dtype0", "refused",
+    "quantised_caches and dtype0", "selected_rows and (model1 or int4 or bf16)",
+]  # fmt: skip
+
+
 @interpreter
 def test_a_few_cases_in_the_interpreter():
-    """Both ways of loading, every dtype, cut and empty sequences, heads that fill no tile."""
-    run_cases("-k", "deepseek_shape or without_a_key or 24-40-40 or strided", interpret=True)
+    """Every dtype, format and feature once, cut and empty sequences, selections of two caches."""
+    run_cases("-k", " or ".join(f"({few})" for few in FEW), interpret=True)
 
 
 @interpreter
 @pytest.mark.slow
 def test_all_cases_in_the_interpreter():
-    run_cases(interpret=True)
+    run_cases("-m", "", interpret=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -6,20 +6,14 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks.compile_kernels import (
-    PROBLEMS,
-    SHARED_LIMIT,
-    compile_attend,
-    compile_combine,
-    compile_plan,
-)
+from benchmarks.compile_kernels import SHARED_LIMIT, compile_all
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("target", SHARED_LIMIT)
 def test_kernels_fit(target):
-    used = [compile_attend(target, problem) for problem in PROBLEMS]
-    used += [compile_plan(target), compile_combine(target)]
-    assert not any(kernel["spilled"] for kernel in used)
-    assert max(kernel["shared"] for kernel in used) <= SHARED_LIMIT[target] * 1024
+    used = dict(compile_all(target))
+    assert not [name for name, kernel in used.items() if kernel["spilled"]]
+    limit = SHARED_LIMIT[target] * 1024
+    assert not [name for name, kernel in used.items() if kernel["shared"] > limit]

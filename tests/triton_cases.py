@@ -6,14 +6,15 @@ Unused cache rows hold NaN and unused table entries a page that no cache has, se
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from mlakit.ops import triton_decode
-from test_ops import SIXTEEN_BITS, TOLERANCE, assert_close, problem
+from decode_cases import GARBAGE, SIXTEEN_BITS, TOLERANCE, assert_close, problem
+from mlakit.ops import CacheFormat, reference, triton_decode
+from mlakit.ops.call import Selection, SparseCall
 
 INTERPRETED = triton_decode.triton.knobs.runtime.interpret
 
@@ -53,10 +54,20 @@ def bfloat16_as_on_a_gpu(monkeypatch):
 
 def run(case):
     """``triton_decode.decode`` of a problem, on the GPU where there is one; result on the CPU."""
-    device = "cpu" if INTERPRETED else "cuda"
-    arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in case.args]
-    out, lse = triton_decode.decode(*arguments)
-    return out.cpu(), lse.cpu()
+    out, lse = triton_decode.decode(on_device(case.call))
+    return case.shaped(out.cpu(), lse.cpu())
+
+
+def on_device(value):
+    """Tensors in a call, or in parts of one, on the GPU where there is one."""
+    if isinstance(value, torch.Tensor):
+        return value if INTERPRETED else value.cuda()
+    if isinstance(value, tuple):
+        moved = (on_device(item) for item in value)
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    if is_dataclass(value) and not isinstance(value, CacheFormat):
+        return replace(value, **{f.name: on_device(getattr(value, f.name)) for f in fields(value)})
+    return value
 
 
 def check(*arguments, **keywords):
@@ -64,6 +75,79 @@ def check(*arguments, **keywords):
     assert_close(run(case), case.run("reference"), **TOLERANCE[case.q.dtype])
 
 
+def quantised(case, cache_format):
+    """The problem with its cache in another format; what it does not use is 0xFF bytes."""
+    blocks, block_size = case.k_cache.shape[:2]
+    pages = cache_format.allocate(blocks, block_size)
+    torch.empty(0, dtype=torch.uint8).set_(pages.untyped_storage()).fill_(255)
+    rows = case.k_cache.flatten(0, 2)
+    slots = (~rows.isnan().any(1)).nonzero()[:, 0]
+    cache_format.append(pages, slots, rows[slots].float())
+    return replace(case, k_cache=pages, options={**case.options, "cache_format": cache_format})
+
+
+def selected(
+    cache_format, topks, heads, *, dtype, queries=3, tokens=90, page=16, counts=None, width=None,
+    rank=None, invariant=False, seed=0,
+):  # fmt: skip
+    """A sparse call: per cache, ``topks`` rows of each query, some -1; unused memory 0xFF."""
+    generator = torch.Generator().manual_seed(seed)
+    selections = []
+    for topk in topks:
+        pages = cache_format.allocate(-(-tokens // page), page)
+        torch.empty(0, dtype=torch.uint8).set_(pages.untyped_storage()).fill_(255)
+        slots = torch.randint(0, tokens, (queries, topk), generator=generator, dtype=torch.int32)
+        used = slots.unique()
+        values = torch.randn(len(used), cache_format.width, generator=generator) / 10
+        cache_format.append(pages, used, values.clamp(-1, 1))
+        slots[torch.rand(slots.shape, generator=generator) < 0.1] = -1
+        slots[torch.rand(slots.shape, generator=generator) < 0.05] = GARBAGE
+        some = torch.tensor([topk, *(counts or [topk])] * queries, dtype=torch.int32)[:queries]
+        past = torch.arange(topk) >= some[:, None]
+        slots[past] = torch.randint(
+            -(1 << 31), 1 << 31, (int(past.sum()),), dtype=torch.int64
+        ).int()
+        selections.append(Selection(pages, cache_format, slots, some))
+        page += 5
+    q = torch.randn(queries, heads, width or cache_format.width, generator=generator) / 10
+    return SparseCall(
+        q.clamp(-1, 1).to(dtype),
+        tuple(selections),
+        rank or cache_format.kv_lora_rank,
+        0.1,
+        invariant,
+    )
+
+
+def run_selected(call):
+    return [part.cpu() for part in triton_decode.decode_selected(on_device(call))]
+
+
+def check_selected(call):
+    """Output and lse as FlashMLA's test has them, and the largest score as closely as lse."""
+    out, lse, top = run_selected(call)
+    want, true_lse, true_top = reference.decode_selected(call)
+    tolerance = SPARSE if call.q.dtype != torch.float32 else TOLERANCE[torch.float32]
+    assert_close((out, lse), (want, true_lse), **tolerance)
+    none = true_top == -math.inf
+    assert torch.equal(top == -math.inf, none)
+    # a score rounds as lse does, whose tolerance is relative to a number of about its size
+    size = 1 + true_lse[~none].abs()
+    assert ((top[~none] - true_top[~none]).abs() < tolerance["lse_relative"] * size).all()
+
+
+# FlashMLA's tests, sparse decode.
+SPARSE = {"absolute": 1e-3, "relative": 2.01 / 128, "cosine": 5e-6, "lse_relative": 8.01 / 65536}
+FORMATS = {
+    "fp8": CacheFormat("fp8", 512, 64),
+    "model1": CacheFormat("model1", 448, 64),
+    "int8": CacheFormat("int8", 512, 64),
+    "int4": CacheFormat("int4", 512, 64),
+    "fp8 small, odd group": CacheFormat("fp8", 40, 8, 12),
+    "model1 small": CacheFormat("model1", 70, 24, 32),
+    "int8 small": CacheFormat("int8", 37, 0, 16),
+    "int4 small": CacheFormat("int4", 21, 10, 8),
+}
 BF16 = torch.bfloat16
 
 
@@ -136,7 +220,7 @@ def test_more_splits_than_the_join_reads_at_once(monkeypatch):
 
 
 def test_batch_larger_than_the_plan_reads_at_once(monkeypatch):
-    monkeypatch.setattr(triton_decode, "PLAN_BLOCK", 4)
+    monkeypatch.setattr(triton_decode, "PLAN_LANES", 4)
     check([5, 0, 33, 1, 7, 70, 2, 64, 9], 1, rank=16, rope=16, dtype=torch.float16)
 
 
@@ -163,6 +247,168 @@ def test_tiles_of_other_targets(monkeypatch, target, heads):
         pytest.skip("a tile is for its own GPU")
     monkeypatch.setattr(triton_decode, "_device", lambda device: (target, 3))
     check([130, 20, 0], heads, rank=512, rope=64, dtype=BF16)
+
+
+FEATURES = [
+    {"sliding_window": 1},
+    {"sliding_window": 40, "soft_cap": 0.05, "softmax_scale": 1.0},
+    {"soft_cap": 30.0, "softmax_scale": 60.0, "causal": False},
+    {"queries": [3, 0, 1, 2], "max_seqlen_q": 5},
+    {"queries": [1, 4, 0, 2], "sliding_window": 33, "soft_cap": 2.0, "batch_invariant": True},
+    {"queries": [2, 1, 3, 1], "causal": False, "softmax_scale": -0.5},
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("features", FEATURES)
+def test_features(features, dtype):
+    """Windows, caps far from linear, ragged queries, negative scales, in pairs; grouped heads."""
+    options = {"queries": 2, **features}
+    check([150, 3, 0, 70], 6, kv_heads=2, rank=32, rope=16, block_size=16, dtype=dtype, **options)
+
+
+def test_soft_cap_keeps_small_scores():
+    """tanh(x) is x to float32's last places where x is small, and +-1 where it is large."""
+    case = problem([90], 3, rank=32, rope=16, soft_cap=1e4, softmax_scale=1.0)
+    plain = replace(case, options={"softmax_scale": 1.0})
+    # the cap changes a score below 1 by x^3 / 3 / cap^2, 3e-9 at most
+    for got, want in zip(run(case), plain.run("reference")):
+        torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
+    check([90], 3, rank=32, rope=16, soft_cap=0.5, softmax_scale=100.0)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_quantised_caches(kind, dtype):
+    """Dequantised to q's dtype: exact for e4m3 with scales that are powers of two, else rounded."""
+    fmt = FORMATS[kind]
+    case = problem(
+        [70, 0, 33], 5, queries=2, rank=fmt.kv_lora_rank, rope=fmt.qk_rope_head_dim,
+        block_size=48 if "small" in kind else 64, dtype=dtype,
+    )  # fmt: skip
+    case = quantised(case, fmt)
+    assert_close(run(case), case.run("reference"), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "rope", "value", "width"),
+    [
+        ("model1", 448, 64, 512, None),
+        ("model1", 70, 24, 94, None),
+        ("fp8", 64, 32, 50, None),
+        ("fp8", 64, 32, 80, 40),
+        ("int4", 96, 64, 130, 20),
+        ("int8", 600, 40, 600, 40),
+        ("fp8", 600, 40, 640, None),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_quantised_values_and_keys_of_any_part(kind, rank, rope, value, width, dtype):
+    """Values that include the rope part or leave out some of the latent; scores over any end."""
+    case = problem([70, 21], 3, rank=rank, rope=rope, width=width, dtype=dtype)
+    case = replace(quantised(case, CacheFormat(kind, rank, rope)), kv_lora_rank=value)
+    assert_close(run(case), case.run("reference"), **TOLERANCE[dtype])
+
+
+def test_quantised_pages_apart():
+    """A page stride above the page's bytes, as FlashMLA's tests have it, and ragged windows."""
+    fmt = CacheFormat("fp8", 64, 16)
+    case = quantised(
+        problem([70, 33], 3, rank=64, rope=16, queries=[2, 1], sliding_window=20, dtype=BF16), fmt
+    )
+    blocks, page, _, row = case.k_cache.shape
+    wide = torch.full((blocks, page + 3, 1, row), 255, dtype=torch.uint8)
+    wide[:, :page] = case.k_cache
+    apart = replace(case, k_cache=wide[:, :page])
+    assert all(torch.equal(a, b) for a, b in zip(run(apart), run(case)))
+
+
+@pytest.mark.parametrize("kind", [None, "fp8", "int4"])
+def test_batch_invariance(kind):
+    """The same bits alone, in company, beside other neighbours, under another max_seqlen_q."""
+    options = {"rank": 64, "rope": 16, "dtype": BF16, "batch_invariant": True}
+    case = problem([1300, 90, 600, 2], 20, queries=[1, 3, 2, 1], **options)
+    if kind:
+        case = quantised(case, CacheFormat(kind, 64, 16))
+    call = case.call
+    starts = call.query_starts()
+    together = triton_decode.decode(on_device(call))
+    wider = triton_decode.decode(on_device(replace(call, max_seqlen_q=7)))
+    for b in range(4):
+        part = slice(starts[b], starts[b + 1])
+        alone = replace(
+            call, q=call.q[part], block_table=call.block_table[b : b + 1, :21],
+            cache_seqlens=call.cache_seqlens[b : b + 1], cu_seqlens_q=None,
+            max_seqlen_q=starts[b + 1] - starts[b],
+        )  # fmt: skip
+        alone = triton_decode.decode(on_device(alone))
+        for got, one, other in zip(alone, together, wider):
+            assert torch.equal(got, one[part]) and torch.equal(got, other[part])
+    assert_close(case.shaped(*(x.cpu() for x in together)), case.run("reference"), **SIXTEEN_BITS)
+
+
+@pytest.mark.parametrize("kind", ["bf16", *FORMATS])
+def test_selected_rows(kind):
+    """Counts, invalid and garbage slots, no row at all; two caches of two page sizes; one alone."""
+    plain = CacheFormat("bf16", 512, 64)
+    fmt = FORMATS.get(kind, plain)
+    rank = 512 if kind == "model1" else None
+    options = {"dtype": BF16, "rank": rank}
+    check_selected(selected(fmt, [70, 40], 9, counts=[0, 33], **options))
+    check_selected(selected(fmt, [200], 5, queries=1, counts=[0], **options))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "fp8", "int4"])
+def test_selected_rows_of_other_shapes(kind):
+    """float32 and float16, scores over the last columns only, many queries and no split."""
+    dtype = torch.float16 if kind == "fp16" else torch.float32
+    fmt = CacheFormat(kind, 40, 24)
+    check_selected(selected(fmt, [70, 33], 3, dtype=dtype, width=30, counts=[0, 5]))
+    check_selected(selected(fmt, [20], 2, dtype=dtype, queries=14, page=1, rank=50))
+    check_selected(selected(fmt, [0], 2, dtype=dtype))
+
+
+def test_selected_rows_do_not_depend_on_neighbours():
+    call = selected(
+        CacheFormat("fp8", 64, 16), [1300], 20, dtype=BF16, tokens=400, counts=[90, 700],
+        invariant=True,
+    )  # fmt: skip
+    check_selected(call)
+    together, again = run_selected(call), run_selected(call)
+    pages, fmt, slots, counts = call.selections[0]
+    for n in range(3):
+        one = Selection(pages, fmt, slots[n : n + 1], counts[n : n + 1])
+        alone = run_selected(replace(call, q=call.q[n : n + 1], selections=(one,)))
+        for got, all_of_them, twice in zip(alone, together, again):
+            assert torch.equal(got[0], all_of_them[n]) and torch.equal(got[0], twice[n])
+
+
+def test_what_is_refused():
+    fmt = CacheFormat("fp8", 64, 16)
+    call = selected(fmt, [4, 4], 2, dtype=BF16)
+    assert triton_decode.why_not(call) == ""
+    first, second = call.selections
+    other = second._replace(cache_format=CacheFormat("fp8", 64, 16, 32))
+    assert "formats" in triton_decode.why_not(replace(call, selections=(first, other)))
+    case = quantised(problem([9], 1, rank=64, rope=16, dtype=BF16), fmt)
+    apart = torch.zeros(3, case.k_cache[0].numel() + 2, dtype=torch.uint8)
+    apart = apart[:, :-2].view(3, *case.k_cache.shape[1:])
+    assert "multiples of 4" in triton_decode.why_not(replace(case, k_cache=apart).call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp8", "model1", "bf16"])
+@pytest.mark.parametrize(
+    ("tokens", "topk", "page"),
+    [(512, 64, 2), (512, 64, 69), (1024, 576, 61), (2046, 300, 576)],
+)
+def test_flash_mla_sparse_matrix(kind, tokens, topk, page):
+    """FlashMLA's shapes, with fewer queries and rows."""
+    fmt = FORMATS.get(kind, CacheFormat("bf16", 512, 64))
+    heads = 128 if page == 69 else 64
+    check_selected(
+        selected(fmt, [topk], heads, dtype=BF16, queries=2, tokens=tokens, page=page, rank=512)
+    )
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -45,7 +44,7 @@ class _Rows:
 
     Attributes:
         pages: plain numbers, or bytes.
-        strides: of pages, tokens and kv heads, in units of ``layout.unit`` elements.
+        strides: of pages and kv heads, in units of ``layout.unit`` elements.
         table: page numbers, or slots.
         lengths: tokens of each sequence, or slots that count.
         capacity: what a line of the table has room for.
@@ -53,7 +52,7 @@ class _Rows:
     """
 
     pages: Tensor
-    strides: tuple[int, ...]
+    strides: tuple[int, int]
     table: Tensor
     lengths: Tensor
     capacity: int
@@ -123,22 +122,23 @@ def _rows(
     pages = pages.detach()
     page = pages.shape[1]
     if cache_format is None or cache_format.kind in PLAIN:
-        strides = pages.stride()[:3]
-        unit = math.gcd(16, *strides)
-        layout = Layout("plain", page, pages.shape[3], rank, unit)
+        page_stride, token_stride, kv_head_stride = pages.stride()[:3]
+        unit = math.gcd(16, page_stride, token_stride, kv_head_stride)
+        layout = Layout("plain", page, pages.shape[3], rank, token_stride, unit)
     else:
         pages = pages.view(torch.uint8)
         values, *scales = cache_format._part_widths
         codes = cache_format._code_bytes
-        strides = (pages.stride(0), values if scales else pages.stride(1), 0)
-        unit = math.gcd(16, *strides)
+        page_stride, kv_head_stride = pages.stride(0), 0
+        token_stride = values if scales else pages.stride(1)
+        unit = math.gcd(16, page_stride, token_stride)
         scale_bytes = QUANTISED[cache_format.kind].scale_dtype.itemsize * cache_format.groups
         layout = Layout(
-            cache_format.kind, page, cache_format.width, cache_format.kv_lora_rank, unit,
-            cache_format.group, page * values if scales else codes, scales[0] if scales else 0,
-            codes if scales else codes + scale_bytes,
+            cache_format.kind, page, cache_format.width, cache_format.kv_lora_rank, token_stride,
+            unit, cache_format.group, page * values if scales else codes,
+            scales[0] if scales else 0, codes if scales else codes + scale_bytes,
         )  # fmt: skip
-    strides = tuple(stride // unit for stride in strides)
+    strides = (page_stride // unit, kv_head_stride // unit)
     return _Rows(pages, strides, table.contiguous(), lengths.contiguous(), capacity, layout)
 
 
@@ -215,7 +215,7 @@ def _launch(
             one.pages, one.table, one.lengths, two.pages, two.table, two.lengths,
             scale, cap, window, queries, group, kv_heads, row_tiles, batch,
             one.capacity, one.room, two.capacity, two.room, *q.stride()[:2],
-            *one.strides, one.table.stride(0), *two.strides[:2], two.table.stride(0),
+            *one.strides, one.table.stride(0), two.strides[0], two.table.stride(0),
             RANK=rank, WIDTH=width, CAUSAL=causal, WINDOW=window > 0, CAP=soft_cap > 0,
             RAGGED=ragged, SLOTS=selected, LAYOUT=one.layout, EXTRA=two.layout if extra else None,
             TILE=tile, num_warps=tile.warps, num_stages=tile.stages, **FUSION,

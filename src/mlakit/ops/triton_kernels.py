@@ -55,11 +55,9 @@ def attend(
     q_stride,
     q_head_stride,
     page_stride,
-    token_stride,
     kv_head_stride,
     table_stride,
     extra_page_stride,
-    extra_token_stride,
     extra_table_stride,
     RANK: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -140,7 +138,7 @@ def attend(
     peak, total, blend, blend_rest = _scan(
         peak, total, blend, blend_rest, q, q_value, q_rest, real, value_start, cache, table,
         skipped + tl.minimum(begin, own), skipped + tl.minimum(end, own), stop, room,
-        seen_start, seen_stop, scale, cap, page_stride, token_stride,
+        seen_start, seen_stop, scale, cap, page_stride,
         RANK, WIDTH, WINDOW, CAP, SLOTS, LAYOUT, TILE,
     )  # fmt: skip
     if EXTRA is not None:
@@ -149,7 +147,7 @@ def attend(
             peak, total, blend, blend_rest, q, q_value, q_rest, real, value_start, extra_cache,
             extra_table, tl.maximum(begin - own, 0), tl.maximum(end - own, 0),
             tl.minimum(extra_length, extra_capacity), extra_room, seen_start, seen_stop, scale,
-            cap, extra_page_stride, extra_token_stride,
+            cap, extra_page_stride,
             RANK, WIDTH, WINDOW, CAP, SLOTS, EXTRA, TILE,
         )  # fmt: skip
 
@@ -210,7 +208,6 @@ def _scan(
     scale,
     cap,
     page_stride,
-    token_stride,
     RANK: tl.constexpr,
     WIDTH: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -239,19 +236,19 @@ def _scan(
         stored = found >= 0 if SLOTS else token < stop  # memory elsewhere may hold NaN
         found = look_up(table, block + 1, stop, room, TOKENS, LAYOUT, SLOTS)
         keep = stored[:, None]
-        value = latent(pages, inner, token_stride, keep, value_start, TILE.values, LAYOUT, dtype)
+        value = latent(pages, inner, keep, value_start, TILE.values, LAYOUT, dtype)
         if TILE.shared:
             scores = tl.dot(q_value, tl.trans(value), input_precision="ieee")
             if KEYS > 0:
-                key = rope(pages, inner, token_stride, keep, 0, KEYS, LAYOUT, dtype)
+                key = rope(pages, inner, keep, 0, KEYS, LAYOUT, dtype)
                 scores = tl.dot(q_rest, tl.trans(key), scores, input_precision="ieee")
         else:
-            if RANK > LAYOUT.latent:
+            if LAYOUT.latent < RANK:
                 value += rope(
-                    pages, inner, token_stride, keep, value_start - LAYOUT.latent, COLUMNS, LAYOUT,
+                    pages, inner, keep, value_start - LAYOUT.latent, COLUMNS, LAYOUT,
                     dtype,
                 )  # fmt: skip
-            scores = _scores(q, real, pages, inner, token_stride, keep, WIDTH, LAYOUT, TILE)
+            scores = _scores(q, real, pages, inner, keep, WIDTH, LAYOUT, TILE)
         if SLOTS:
             seen = stored[None, :]
         else:
@@ -269,7 +266,7 @@ def _scan(
         total = total * rescale + tl.sum(weights, 1)
         blend = blend * rescale[:, None]
         blend = tl.dot(weights.to(dtype), value, blend, input_precision="ieee")
-        if TILE.shared and RANK > LAYOUT.latent:
+        if TILE.shared and LAYOUT.latent < RANK:
             blend_rest = blend_rest * rescale[:, None]
             blend_rest = tl.dot(weights.to(dtype), key, blend_rest, input_precision="ieee")
         peak = new_peak
@@ -282,7 +279,6 @@ def _scores(
     real,
     pages,
     inner,
-    token_stride,
     keep,
     WIDTH: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -297,13 +293,13 @@ def _scores(
         column = start + tl.arange(0, KEYS)[None, :]
         mask = real[:, None] & (column >= START) & (column < LAYOUT.latent)
         part = tl.load(q + column - START, mask=mask, other=0.0)
-        key = latent(pages, inner, token_stride, keep, start, KEYS, LAYOUT, q.dtype.element_ty)
+        key = latent(pages, inner, keep, start, KEYS, LAYOUT, q.dtype.element_ty)
         scores = tl.dot(part, tl.trans(key), scores, input_precision="ieee")
     for start in range(FAR, LAYOUT.row - LAYOUT.latent, KEYS):
         column = start + LAYOUT.latent + tl.arange(0, KEYS)[None, :]
         mask = real[:, None] & (column < LAYOUT.row)
         part = tl.load(q + column - START, mask=mask, other=0.0)
-        key = rope(pages, inner, token_stride, keep, start, KEYS, LAYOUT, q.dtype.element_ty)
+        key = rope(pages, inner, keep, start, KEYS, LAYOUT, q.dtype.element_ty)
         scores = tl.dot(part, tl.trans(key), scores, input_precision="ieee")
     return scores
 

@@ -25,8 +25,10 @@ class Layout:
         row: columns of a row, C + R.
         latent: columns of its first section; all of them in plain pages where keys and values are
             apart.
-        unit: strides are multiples of so many elements (bytes of quantised pages), and are passed
-            divided by it, so that the compiler knows how loads are aligned.
+        token_stride: elements (bytes of quantised pages) from one token to the next; built in, it
+            saves the registers of as many addresses as a thread loads rows.
+        unit: all strides are multiples of so many elements, and are passed divided by it, so that
+            the compiler knows how loads are aligned.
         group: latent columns per scale.
         scale_at: byte of a token's first scale; with ``scale_stride``, of a page's first one.
         scale_stride: bytes from one token's scales to the next's at a page's end; 0 where every
@@ -38,6 +40,7 @@ class Layout:
     page: int
     row: int
     latent: int
+    token_stride: int
     unit: int
     group: int = 0
     scale_at: int = 0
@@ -98,7 +101,6 @@ def locate(
 def latent(
     pages,
     inner,
-    token_stride,
     stored,
     start,
     COLUMNS: tl.constexpr,
@@ -111,23 +113,25 @@ def latent(
     """
     column = start + tl.arange(0, COLUMNS)[None, :]
     keep = stored & (column < LAYOUT.latent)
-    rows = pages + inner * token_stride * LAYOUT.unit
+    rows = pages + inner * LAYOUT.token_stride
     if LAYOUT.kind == "plain":
         value = tl.load(rows + column, mask=keep, other=0.0)
-    elif LAYOUT.kind == "int4":
-        half: tl.constexpr = (LAYOUT.latent + 1) // 2
-        codes = tl.load(rows + column % half, mask=keep, other=0)
-        value = _small_float((codes >> (column // half * 4).to(tl.uint8)) & 15) - 8.0
-    elif LAYOUT.kind == "int8":
-        codes = tl.load(rows + column, mask=keep, other=0)
-        value = _small_float(codes ^ 128) - 128.0
     else:
-        # Sign, exponent and mantissa of e4m3 move to their places in float16, whose exponent has
-        # a bias 8 larger: a number 256 times too small, exactly, on GPUs without e4m3 too.
-        codes = tl.load(rows + column, mask=keep, other=0).to(tl.int8, bitcast=True)
-        bits = (codes.to(tl.int16) << 7) & -0x4001
-        value = bits.to(tl.float16, bitcast=True).to(tl.float32)
-    if LAYOUT.kind != "plain":
+        half: tl.constexpr = (LAYOUT.latent + 1) // 2
+        place = column % half if LAYOUT.kind == "int4" else column
+        # The select changes nothing, but Triton does not load ahead what only goes through
+        # arithmetic without another tensor.
+        zero: tl.constexpr = 0x88 if LAYOUT.kind == "int4" else 0
+        codes = tl.where(stored, tl.load(rows + place, mask=keep, other=zero), zero)
+        if LAYOUT.kind == "int4":
+            value = _small_float((codes >> ((column >= half) * 4).to(tl.uint8)) & 15) - 8.0
+        elif LAYOUT.kind == "int8":
+            value = _small_float(codes ^ 128) - 128.0
+        else:
+            # Sign, exponent and mantissa of e4m3 move to their places in float16, whose exponent
+            # has a bias 8 larger: a number 256 times too small, exactly, on any GPU.
+            bits = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
+            value = bits.to(tl.float16, bitcast=True).to(tl.float32)
         # One load a group where groups are aligned, and one a column where they are not.
         aligned: tl.constexpr = LAYOUT.group & (LAYOUT.group - 1) == 0
         groups: tl.constexpr = max(1, COLUMNS // LAYOUT.group) if aligned else COLUMNS
@@ -169,7 +173,6 @@ def _small_float(codes):
 def rope(
     pages,
     inner,
-    token_stride,
     stored,
     start,
     COLUMNS: tl.constexpr,
@@ -180,8 +183,8 @@ def rope(
     column = start + tl.arange(0, COLUMNS)[None, :]
     keep = stored & (column >= 0) & (column < LAYOUT.row - LAYOUT.latent)
     if LAYOUT.kind == "plain":
-        rows = pages + inner * token_stride * LAYOUT.unit + LAYOUT.latent
+        rows = pages + inner * LAYOUT.token_stride + LAYOUT.latent
     else:
         rows = pages.to(tl.pointer_type(tl.bfloat16)) + LAYOUT.rope_at // 2
-        rows += inner * token_stride * (LAYOUT.unit // 2)
+        rows += inner * (LAYOUT.token_stride // 2)
     return tl.load(rows + column, mask=keep, other=0.0).to(dtype)

@@ -77,7 +77,7 @@ def choose_tile(
     values, rest = power(latent), row - latent
     if dtype == torch.float32:  # without matrix instructions: small blocks
         return Tile(16, 16, min(power(rank), 256), min(power(width), 64), False, 4, 2)
-    if kind == "plain" and not aligned or width < row or latent > 512 or rest > 128:
+    if (kind == "plain" and not aligned) or width < row or latent > 512 or rest > 128:
         warps = 8 if power(rank) > 256 else 4
         return Tile(16, 16, min(power(rank), 1024), min(power(width), 128), False, warps, 2)
     keys = power(rest) if rest else 0
