@@ -46,6 +46,25 @@ def test_flash_mla_dense_matrix(heads, kv_heads, queries):
         assert_close(case.decode(), case.run("reference"), **SIXTEEN_BITS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (63, 1), (128, 1)])
+def test_flash_mla_dense_matrix_at_4096_tokens(heads, kv_heads, dtype):
+    """The rest of FlashMLA's matrix: long contexts, and a large batch of which half is empty."""
+    random = torch.Generator().manual_seed(heads)
+    lengths = torch.normal(torch.full((2,), 4096.0), 2048.0, generator=random).clamp_min(4).int()
+    for queries, causal in ((1, False), (2, True), (4, False), (4, True)):
+        case = problem(
+            lengths.tolist(), heads, kv_heads=kv_heads, queries=queries, causal=causal, dtype=dtype
+        )
+        assert_close(case.decode(), case.run("reference"), **SIXTEEN_BITS)
+    if heads == 9:
+        lengths = torch.normal(torch.full((128,), 300.0), 150.0, generator=random).clamp_min(2)
+        lengths[torch.rand(128, generator=random) < 0.5] = 0
+        case = problem(lengths.int().tolist(), heads, queries=2, dtype=dtype)
+        assert_close(case.decode(), case.run("reference"), **SIXTEEN_BITS)
+
+
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_long_ragged_and_empty_sequences(name, dtype):

@@ -16,7 +16,7 @@ from mlakit.ops.call import DenseCall, SparseCall
 
 
 def decode(call: DenseCall, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """``mla_decode`` computed naively, one query of one head at a time.
+    """``mla_decode`` computed naively, one query at a time.
 
     Args:
         call: what is to be computed.
@@ -38,14 +38,14 @@ def decode(call: DenseCall, dtype: torch.dtype = torch.float64) -> tuple[Tensor,
             first = max(0, stop - call.sliding_window) if call.sliding_window else 0
             if stop <= 0:
                 continue
-            for h in range(heads):
-                row = rows[first:stop, h // group]
-                scores = row[:, row.shape[1] - width :] @ call.q[n, h].to(dtype)
+            for g in range(heads // group):
+                row, these = rows[first:stop, g], slice(g * group, (g + 1) * group)
+                scores = call.q[n, these].to(dtype) @ row[:, row.shape[1] - width :].T
                 scores = scores * call.softmax_scale
                 if call.soft_cap:
                     scores = call.soft_cap * torch.tanh(scores / call.soft_cap)
-                out[n, h] = torch.softmax(scores, dim=0) @ row[:, : call.kv_lora_rank]
-                lse[n, h] = torch.logsumexp(scores, dim=0)
+                out[n, these] = torch.softmax(scores, dim=1) @ row[:, : call.kv_lora_rank]
+                lse[n, these] = torch.logsumexp(scores, dim=1)
     return out, lse
 
 
