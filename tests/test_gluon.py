@@ -5,6 +5,7 @@ Unused cache rows hold NaN and unused table entries a page that no cache has, se
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -14,8 +15,17 @@ import torch
 pytest.importorskip("triton.experimental.gluon", reason="Triton 3.6 or later is not installed")
 
 from decode_cases import SIXTEEN_BITS, assert_close, problem
-from gluon_emulator import Emulated, ProtocolError, rules, without
-from mlakit.ops import gluon_decode, gluon_seesaw, gluon_swapped, reference, torch_decode
+from gluon_emulator import Emulated, rules, without
+from gluon_machine import ProtocolError
+from mlakit.ops import (
+    gluon_decode,
+    gluon_feed,
+    gluon_job,
+    gluon_seesaw,
+    gluon_swapped,
+    reference,
+    torch_decode,
+)
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KERNELS = {name: getattr(gluon_decode, name) for name in ("plan", "seesaw", "swapped", "combine")}
@@ -167,8 +177,9 @@ def test_the_plan_covers_every_step_once(parts, fixed):
 RULES = [
     (module, name, number)
     for module, names in {
-        gluon_seesaw: "fetch_left fetch_right producer begin_scores finish_scores even_step "
-        "even_half odd_step odd_half clear",
+        gluon_feed: "fetch_left fetch_right producer",
+        gluon_seesaw: "begin_scores finish_scores even_step even_half odd_step odd_half",
+        gluon_job: "clear",
         gluon_swapped: "producer step consumer",
     }.items()
     for name in names.split()
@@ -180,7 +191,7 @@ RULES = [
 def test_every_rule_is_needed(run, module, name, number):
     """Without any one wait, arrival or fence, some order of events goes wrong: none is for show,
     and the emulator sees the difference."""
-    heads = 40 if module is gluon_seesaw else 16
+    heads = 16 if module is gluon_swapped else 40
     call = problem([700, 70, 0, 390, 1, 64], heads, dtype=BF16).call
     want = torch_decode.decode(call)
     edited = without(getattr(module, name), number)
@@ -239,3 +250,72 @@ def test_why_not():
          "beside one another"),
     ]:  # fmt: skip
         assert reason in gluon_decode.why_not(other)
+
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="no Hopper GPU here",
+)
+
+
+def on_gpu(call):
+    tensors = {name: value.cuda() for name, value in vars(call).items() if torch.is_tensor(value)}
+    return replace(call, **tensors)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("queries", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"),
+    [(1, 1), (3, 3), (9, 1), (16, 1), (32, 1), (63, 1), (64, 2), (126, 1), (128, 1), (128, 8)],
+)
+def test_on_the_gpu(heads, kv_heads, queries, dtype):
+    """FlashMLA's dense matrix at its contexts; three runs agree bit for bit."""
+    random = torch.Generator().manual_seed(heads)
+    for context, varlen, causal in itertools.product((20, 140, 4096), (True, False), (True, False)):
+        lengths = torch.full((9,), float(context))
+        if varlen:
+            lengths = torch.normal(lengths, context / 2, generator=random).clamp_min(queries)
+            lengths[::4] = 0
+        call = on_gpu(
+            problem(
+                lengths.int().tolist(), heads, kv_heads=kv_heads, queries=queries, dtype=dtype,
+                causal=causal, batch_invariant=heads == 63,
+            ).call
+        )  # fmt: skip
+        assert gluon_decode.why_not(call) == ""
+        precise = replace(call, q=call.q.double(), k_cache=call.k_cache.double())
+        got = gluon_decode.decode(call)
+        assert_close(got, torch_decode.decode(precise), **SIXTEEN_BITS)
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(got, gluon_decode.decode(call)))
+
+
+@on_hopper
+@pytest.mark.parametrize("heads", [16, 128])
+def test_graph_capture(heads):
+    """A captured call replays for other lengths, cut elsewhere."""
+    call = on_gpu(problem([3000, 40, 0, 900], heads, dtype=BF16).call)
+    gluon_decode.decode(call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gluon_decode.decode(call)
+    for lengths in ([3000, 40, 0, 900], [1, 40, 0, 77], [2999, 0, 0, 0]):
+        call.cache_seqlens.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, gluon_decode.decode(call)))
+
+
+@on_hopper
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_plan_is_shared(heads):
+    """The layers of a step may hand on one plan."""
+    call = on_gpu(problem([3000, 40, 0, 900], heads, dtype=BF16).call)
+    out, lse = gluon_decode.decode(call)
+    made = gluon_decode.make_plan(call)
+    for _ in range(3):
+        again, again_lse = torch.empty_like(out), torch.empty_like(lse)
+        gluon_decode.attend(call, made, again, again_lse)
+        assert torch.equal(out, again) and torch.equal(lse, again_lse)

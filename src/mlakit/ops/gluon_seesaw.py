@@ -25,8 +25,8 @@ Shared memory: queries 72 KiB; two pages, each as left, right (256 columns) and 
 p0 8 KiB; p1 lives where the queries' rope columns were, which both halves have in registers then.
 Barriers of page i: ``left_full[i]`` (left and rope) and ``right_full[i]``, by the accelerator;
 ``left_free[i]`` by even_half after its last product with left, when all scores that need left and
-rope are long there, and ``right_free[i]`` by odd_half likewise. Each completes once per step, the
-others once per step or item.
+rope are long there, and ``right_free[i]`` by odd_half likewise. A barrier completes once per step,
+those of the queries (``q_full``, ``q_free``) and of the softmax sums once per item.
 
 The compiler would compute a hundred addresses before the loop and spill them. An index that it
 cannot see through (``opaque``) keeps them in the loop, where they cost an addition each.
@@ -35,8 +35,6 @@ cannot see through (``opaque``) keeps them in the loop, where they cost an addit
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -48,6 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mlakit.ops.gluon_feed import ROWS, Barriers, Tiles, producer
 from mlakit.ops.gluon_job import (
     HALF,
     LOWEST,
@@ -63,43 +62,8 @@ from mlakit.ops.gluon_job import (
     partial_row,
     read_item,
     store_lse,
-    tma_load,
     visible,
 )
-
-ROWS = gl.constexpr(64)
-"""Query rows of a tile, those of one matrix instruction."""
-
-
-class Tiles(NamedTuple):
-    """Shared memory, but for the barriers."""
-
-    q: gl.shared_memory_descriptor  # left, right
-    p: gl.shared_memory_descriptor  # of even pages; of odd pages, and the queries' rope before
-    left: gl.shared_memory_descriptor
-    right: gl.shared_memory_descriptor
-    rope: gl.shared_memory_descriptor
-    max_even: gl.shared_memory_descriptor
-    max_odd: gl.shared_memory_descriptor
-    sum_odd: gl.shared_memory_descriptor
-    sum_all: gl.shared_memory_descriptor
-
-
-class Barriers(NamedTuple):
-    """Who waits for what; the last four have one barrier per page."""
-
-    q_full: gl.shared_memory_descriptor
-    q_free: gl.shared_memory_descriptor
-    max_even: gl.shared_memory_descriptor
-    max_odd: gl.shared_memory_descriptor
-    weight_even: gl.shared_memory_descriptor
-    weight_odd: gl.shared_memory_descriptor
-    sum_odd: gl.shared_memory_descriptor
-    sum_all: gl.shared_memory_descriptor
-    left_full: gl.shared_memory_descriptor
-    right_full: gl.shared_memory_descriptor
-    left_free: gl.shared_memory_descriptor
-    right_free: gl.shared_memory_descriptor
 
 
 @gluon.jit
@@ -120,59 +84,6 @@ def hide(s, border, edge, start, SCORES: gl.constexpr):
         token = start + gl.arange(0, PAGE, gl.SliceLayout(0, SCORES))
         s = gl.where(token[None, :] < border[:, None], s, UNSEEN)
     return s
-
-
-@gluon.jit
-def page_row(job, item, page):
-    """Where a page of the item starts among the cache's rows; past the end, its last page again."""
-    entry = item.sequence.to(gl.int64) * job.table_stride
-    entry += gl.minimum(page, item.stop - 1) * job.entry_stride
-    return gl.load(job.table + entry) * job.page_rows
-
-
-@gluon.jit
-def fetch_left(descriptors, row, column, phase, tiles, bars, SLOT: gl.constexpr):
-    """Fetch a page's left and rope columns once their place is free."""
-    full = bars.left_full.index(SLOT)
-    mbarrier.wait(bars.left_free.index(SLOT), phase)
-    mbarrier.expect(full, PAGE * (HALF + ROPE) * 2)
-    tma_load(descriptors.cache_half, [row, column], full, tiles.left.index(SLOT))
-    tma_load(descriptors.cache_rope, [row, column + RANK], full, tiles.rope.index(SLOT))
-
-
-@gluon.jit
-def fetch_right(descriptors, row, column, phase, tiles, bars, SLOT: gl.constexpr):
-    """Fetch a page's right columns once their place is free."""
-    full = bars.right_full.index(SLOT)
-    mbarrier.wait(bars.right_free.index(SLOT), phase)
-    mbarrier.expect(full, PAGE * HALF * 2)
-    tma_load(descriptors.cache_half, [row, column + HALF], full, tiles.right.index(SLOT))
-
-
-@gluon.jit
-def producer(descriptors, job, tiles, bars):
-    """One warp: fetch every item's queries and pages."""
-    column = gl.program_id(1) * job.head_columns
-    step = 0
-    for number in range(job.begin, job.end):
-        item = read_item(job, number)
-        rows = job.queries * job.group
-        row = (item.sequence * gl.num_programs(1) + gl.program_id(1)) * rows
-        row += gl.program_id(0) * ROWS
-        mbarrier.wait(bars.q_free, ((number - job.begin) & 1) ^ 1)
-        mbarrier.expect(bars.q_full, ROWS * (RANK + ROPE) * 2)
-        tma_load(descriptors.q_half, [row, 0], bars.q_full, tiles.q.index(0))
-        tma_load(descriptors.q_half, [row, HALF], bars.q_full, tiles.q.index(1))
-        tma_load(descriptors.q_rope, [row, RANK], bars.q_full, tiles.p.index(1))
-        for page in range(item.first, item.stop, 2):
-            phase = (step & 1) ^ 1
-            even, odd = page_row(job, item, page), page_row(job, item, page + 1)
-            # In the order in which the places become free.
-            fetch_left(descriptors, even, column, phase, tiles, bars, 0)
-            fetch_left(descriptors, odd, column, phase, tiles, bars, 1)
-            fetch_right(descriptors, odd, column, phase, tiles, bars, 1)
-            fetch_right(descriptors, even, column, phase, tiles, bars, 0)
-            step += 1
 
 
 @gluon.jit
