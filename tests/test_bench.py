@@ -32,7 +32,7 @@ TINY = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "page_size": 16}
 
 
 def roofs() -> Ceilings:
-    return Ceilings(4300.0, 4500.0, 790.0, "bfloat16 8192^3")
+    return Ceilings(4300.0, 4500.0, 790.0, "bfloat16", 8192)
 
 
 def sweep(shapes, kernels=("cpu",), **options) -> list[ShapeResult]:

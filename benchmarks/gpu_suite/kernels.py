@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     on_cuda, quick = arguments.device == "cuda", arguments.quick
     clock = Clock(torch.device(arguments.device))
-    ceilings = measure_ceilings(clock, quick)
+    ceilings = measure_ceilings(clock, "bfloat16", quick)
     batch = default_batch(on_cuda, quick)
     say(ceilings=asdict(ceilings))
     shapes = [

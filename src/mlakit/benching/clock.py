@@ -219,13 +219,20 @@ class Ceilings:
         copy_gb_per_s: of a copy, bytes read plus bytes written.
         read_gb_per_s: of a sum over memory, bytes read.
         matmul_tflops: of a square matrix product.
-        matmul: its dtype and size in words.
+        matmul_dtype: its dtype, the fastest that there is for the kernels' numbers.
+        matmul_size: rows of its matrices.
     """
 
     copy_gb_per_s: float
     read_gb_per_s: float
     matmul_tflops: float
-    matmul: str
+    matmul_dtype: str
+    matmul_size: int
+
+    @property
+    def matmul(self) -> str:
+        """The product in words."""
+        return f"{self.matmul_dtype} {self.matmul_size}³"
 
     @property
     def gb_per_s(self) -> float:
@@ -242,35 +249,45 @@ class Ceilings:
         return min(matmul_tflops or self.matmul_tflops, intensity * self.gb_per_s / 1e3)
 
 
-def matmul(clock: Clock, quick: bool) -> tuple[Callable[[], Tensor], int, str]:
-    """A square matrix product, bfloat16 on CUDA and float32 on the CPU: run, FLOP and name."""
-    on_cuda = clock.device.type == "cuda"
-    size = 512 if quick else 8192 if on_cuda else 1024
-    dtype = torch.bfloat16 if on_cuda else torch.float32
-    matrix = torch.randn(size, size, device=clock.device).to(dtype)
+def matmul(device: torch.device, dtype: str, size: int) -> Callable[[], Tensor]:
+    """A square matrix product, ``2 size^3`` FLOP."""
+    matrix = torch.randn(size, size, device=device).to(getattr(torch, dtype))
     product = torch.empty_like(matrix)
-    name = f"{str(dtype).removeprefix('torch.')} {size}^3"
-    return lambda: torch.mm(matrix, matrix, out=product), 2 * size**3, name
+    return lambda: torch.mm(matrix, matrix, out=product)
 
 
-def measure_ceilings(clock: Clock, quick: bool) -> Ceilings:
-    """A copy, a read-only stream and a matrix product."""
-    count = 2**24 if quick else 2**31 if clock.device.type == "cuda" else 2**28
-    rounds = 3 if quick else 10
+def measure_ceilings(clock: Clock, dtype: str, quick: bool) -> Ceilings:
+    """A copy, a read-only stream and a matrix product.
+
+    Args:
+        clock: of the device.
+        dtype: of the kernels that are held against them. On CUDA the product is in bfloat16; on a
+            CPU it is in this dtype or in float32, in which a CPU may well be faster.
+        quick: small and few.
+    """
+    on_cuda = clock.device.type == "cuda"
+    count = 2**24 if quick else 2**31 if on_cuda else 2**28
+    size = 512 if quick else 8192 if on_cuda else 1024
+    dtypes = ("bfloat16",) if on_cuda else tuple(dict.fromkeys(("float32", dtype)))
     try:
         source = torch.zeros(count // 4, dtype=torch.float32, device=clock.device)
         target = torch.empty_like(source)
-        product, flops, name = matmul(clock, quick)
-        runs = {
-            "copy": lambda: target.copy_(source),
-            "read": lambda: source.sum(),
-            "matmul": product,
+        runs = {"copy": lambda: target.copy_(source), "read": lambda: source.sum()}
+        runs |= {name: matmul(clock.device, name, size) for name in dtypes}
+        best = {
+            name: min(clock.once(run) for _ in range(3 if quick else 10))
+            for name, run in runs.items()
         }
-        best = {what: min(clock.once(run) for _ in range(rounds)) for what, run in runs.items()}
     except torch.OutOfMemoryError as error:
         raise MlakitError(
             "not enough memory on the device to measure its ceilings",
             remedy="stop what else is running there",
         ) from error
-    copy, read = 2 * count / best["copy"], count / best["read"]
-    return Ceilings(copy / 1e9, read / 1e9, flops / best["matmul"] / 1e12, name)
+    fastest = min(dtypes, key=best.__getitem__)
+    return Ceilings(
+        copy_gb_per_s=2 * count / best["copy"] / 1e9,
+        read_gb_per_s=count / best["read"] / 1e9,
+        matmul_tflops=2 * size**3 / best[fastest] / 1e12,
+        matmul_dtype=fastest,
+        matmul_size=size,
+    )

@@ -111,7 +111,7 @@ def _roofs(axes: Axes, ceilings: Ceilings, factor: float) -> None:
         below = factor * x * slower / 1e3 / 1.27
         _along(axes, x, below, f"{name} {slower:,.0f} GB/s", QUIET)
     unit = "TFLOPS" if factor == 1.0 else "GFLOPS"
-    label = f"matmul {flat:,.0f} {unit} ({ceilings.matmul.replace('^3', '³')})"
+    label = f"matmul {flat:,.0f} {unit} ({ceilings.matmul})"
     axes.text(right / 1.05, flat * 1.07, label, ha="right", color=INK, fontsize=8.5)
 
 

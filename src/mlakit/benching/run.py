@@ -117,7 +117,7 @@ def bench(
     found = []
     with torch.cuda.device(place) if on_cuda else nullcontext():
         clock, where = Clock(place), environment(place.index or 0)
-        ceilings = measure_ceilings(clock, quick)
+        ceilings = measure_ceilings(clock, dtype, quick)
         others = RIVALS if rivals else {}
         for result in run_sweep(shapes, names, clock, ceilings, rounds, rivals=others):
             found.append(result)

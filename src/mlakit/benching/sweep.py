@@ -117,7 +117,7 @@ def _measure(
             runs[name], errors[name] = found
         else:
             missing.append(replace(found, contender=name))
-    timings, matmul_tflops = _in_turn(clock, runs, rounds)
+    timings, matmul_tflops = _in_turn(clock, runs, rounds, ceilings)
     device: dict[str, KernelTiming | None] = {
         name: clock.kernels(name, run, max(2, rounds // 2)) for name, run in runs.items()
     }
@@ -128,14 +128,15 @@ def _measure(
 
 
 def _in_turn(
-    clock: Clock, runs: Mapping[str, Run], rounds: int
+    clock: Clock, runs: Mapping[str, Run], rounds: int, ceilings: Ceilings
 ) -> tuple[dict[str, Timing], float | None]:
     """Whole calls; on the CPU with a matrix product among them, and its TFLOPS."""
     if clock.device.type == "cuda":
         return clock.in_turn(runs, rounds), None
-    product, flops, name = matmul(clock, quick=False)
-    timings = clock.in_turn({**runs, name: product}, rounds)
-    return timings, flops / timings.pop(name).median / 1e12
+    size = ceilings.matmul_size
+    product = matmul(clock.device, ceilings.matmul_dtype, size)
+    timings = clock.in_turn({**runs, "matmul": product}, rounds)
+    return timings, 2 * size**3 / timings.pop("matmul").median / 1e12
 
 
 def _prepare(
