@@ -1,4 +1,4 @@
-"""docs/attention.md prints what its code prints: every block is run again."""
+"""Pages print what their code prints: every block is run again."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mlakit.nn.letters import GLOSSARY
 from mlakit.nn.trace import trace_example
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "attention.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BLOCKS = {"attention.md": 10, "decode.md": 3}
 PAIR = re.compile(r"```(python|console)\n(.*?)```\n```text\n(.*?)```", re.DOTALL)
 
 
@@ -21,18 +24,19 @@ def printed(language: str, code: str, names: dict[str, Any]) -> str:
         return trace_example().text() + "\n"
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(compile(code, str(PAGE), "exec"), names)
+        exec(compile(code, "page", "exec"), names)
     return out.getvalue()
 
 
-def test_outputs_are_what_the_code_prints() -> None:  # B02, B04, B12, B19
+@pytest.mark.parametrize("page", BLOCKS)
+def test_outputs_are_what_the_code_prints(page: str) -> None:  # B02, B04, B12, B19
     names: dict[str, Any] = {}
-    blocks = PAIR.findall(PAGE.read_text(encoding="utf-8"))
-    assert len(blocks) == 10
+    blocks = PAIR.findall((DOCS / page).read_text(encoding="utf-8"))
+    assert len(blocks) == BLOCKS[page]
     for language, code, output in blocks:
         assert printed(language, code, names) == output, code
 
 
 def test_glossary_is_the_code_s() -> None:
     rows = "".join(f"| {letter} | {meaning} |\n" for letter, meaning in GLOSSARY.items())
-    assert rows in PAGE.read_text(encoding="utf-8")
+    assert rows in (DOCS / "attention.md").read_text(encoding="utf-8")
