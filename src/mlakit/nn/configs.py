@@ -26,6 +26,8 @@ class LatentConfig:
         v_head_dim: V.
         q_lora_rank: always None so far.
         rope_blocks: the rotary schedule has R / rope_blocks dims and is repeated this often.
+        rope_inv_freq: the R/2 rotary frequencies of each layer where they are its own; None for
+            the schedule of ``rope_parameters``.
         softmax_scale: factor on the scores, the source's own.
         q_bias: q_proj has a bias.
         kv_a_bias: kv_a_proj_with_mqa has a bias.
@@ -54,6 +56,7 @@ class LatentConfig:
     v_head_dim: int = 128
     q_lora_rank: int | None = None
     rope_blocks: int = 1
+    rope_inv_freq: list[list[float]] | None = None
     softmax_scale: float = 192**-0.5
     q_bias: bool = False
     kv_a_bias: bool = False
@@ -85,6 +88,13 @@ class LatentConfig:
                 f"qk_rope_head_dim {self.qk_rope_head_dim} is not {self.rope_blocks} "
                 "(rope_blocks) blocks of pairs"
             )
+        if self.rope_inv_freq is not None:
+            wanted = [self.qk_rope_head_dim // 2] * self.num_hidden_layers
+            if [len(layer) for layer in self.rope_inv_freq] != wanted or self.rope_blocks != 1:
+                raise ValueError(
+                    f"rope_inv_freq must give {self.num_hidden_layers} layers"
+                    f" {self.qk_rope_head_dim // 2} frequencies each, in one block"
+                )
         if self.mla_form == "equal-cache" and self.qk_nope_head_dim:
             raise ValueError("the equal-cache form has qk_nope_head_dim 0")
         if self.mla_form == "article" and self.kv_lora_rank % 2:

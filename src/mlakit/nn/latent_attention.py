@@ -76,6 +76,7 @@ class MLAttention(nn.Module):
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.v_head_dim = config.v_head_dim
+        self.own_frequencies = config.rope_inv_freq is not None
         self.scaling = config.softmax_scale
         self.sliding_window = config.layer_window(layer_idx)
         self.attention_dropout = config.attention_dropout
@@ -119,7 +120,7 @@ class MLAttention(nn.Module):
 
         Args:
             hidden_states: ``[B, S, D]``.
-            position_embeddings: cos and sin ``[B, S, R]``.
+            position_embeddings: cos and sin ``[B, S, R]``, or a stack of them for all layers.
             attention_mask: what the host model makes for its attention implementation.
             past_key_values: a LatentCache, or any cache of transformers, which then holds the
                 latent as its keys and the rotated key as its values, one head each.
@@ -138,6 +139,8 @@ class MLAttention(nn.Module):
         latent = self.kv_a_layernorm(latent).view(batch, 1, length, self.kv_lora_rank)
         k_rope = k_rope.view(batch, 1, length, self.qk_rope_head_dim)
         cos, sin = position_embeddings
+        if self.own_frequencies:
+            cos, sin = cos[self.layer_idx], sin[self.layer_idx]
         q_rope, k_rope = rotate(q_rope, cos, sin), rotate(k_rope, cos, sin)
         if past_key_values is not None:
             past = past_key_values.get_seq_length(self.layer_idx)

@@ -57,6 +57,10 @@ def init_latent_weights(module: nn.Module, std: float) -> None:
         init.constant_(module.weight, module.variance_epsilon**0.5)
     elif isinstance(module, HeadProjection):
         init.normal_(module.weight, mean=0.0, std=std)
+    elif isinstance(module, LatentRotaryEmbedding):
+        frequencies = module.layer_frequencies()
+        if frequencies is not None and module.layer_inv_freq is not None:
+            init.copy_(module.layer_inv_freq, frequencies)
 
 
 def prepare_step(

@@ -19,9 +19,25 @@ class LatentRotaryEmbedding(LlamaRotaryEmbedding):
     def __init__(self, config: LatentConfig) -> None:
         super().__init__(config.rope_schedule())  # type: ignore[arg-type]
         self.blocks = config.rope_blocks
+        self.given = config.rope_inv_freq
+        self.layer_inv_freq: Tensor | None
+        self.register_buffer("layer_inv_freq", self.layer_frequencies(), persistent=False)
 
+    def layer_frequencies(self) -> Tensor | None:
+        """The frequencies that a config gives each layer, ``[layers, R/2]``, if it does."""
+        return None if self.given is None else torch.tensor(self.given, dtype=torch.float32)
+
+    @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[B, S, R]`` in x's dtype for ``position_ids`` ``[B, S]``."""
+        """cos and sin ``[B, S, R]`` in x's dtype for ``position_ids`` ``[B, S]``.
+
+        Where each layer has its own frequencies all layers' are stacked: ``[layers, B, S, R]``.
+        """
+        if self.layer_inv_freq is not None:
+            angles = position_ids[None, :, :, None].float() * self.layer_inv_freq[:, None, None]
+            angles = torch.cat((angles, angles), dim=-1)
+            scale = self.attention_scaling
+            return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
         cos, sin = super().forward(x, position_ids)
         if self.blocks == 1:
             return cos, sin
