@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.environment import environment
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
+from mlakit.benching.environment import environment
 from mlakit.nn.configs import MLALlamaConfig
 from mlakit.nn.hf import new_cache
 from mlakit.nn.models import MLALlamaForCausalLM

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from benchmarks.environment import environment
 
 from mlakit import account
+from mlakit.benching.environment import environment
 from mlakit.conversion.apply import convert
 from mlakit.evaluation import evaluate
 from mlakit.families import read_model

@@ -24,7 +24,17 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_version_and_help() -> None:
     assert CliRunner().invoke(app, ["--version"]).output.startswith("mlakit ")
     listed = CliRunner().invoke(app, ["--help"]).output
-    for verb in ("inspect", "convert", "verify", "eval", "generate", "trace", "demo", "doctor"):
+    for verb in (
+        "inspect",
+        "convert",
+        "verify",
+        "eval",
+        "generate",
+        "bench",
+        "trace",
+        "demo",
+        "doctor",
+    ):
         assert verb in listed
 
 
