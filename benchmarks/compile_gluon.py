@@ -4,7 +4,8 @@
 
 Every kernel that a few typical calls launch, compiled with the arguments of the launch, for
 sm_90a. It has to fit in shared memory, use the tensor cores without being serialised (what ptxas
-warns of), and keep its registers: ``local`` counts the instructions that touch spilled ones.
+warns of), and keep its registers in the loops over pages; ``local`` counts the instructions that
+touch spilled ones.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ RESULTS = Path(__file__).parent / "results"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROCESSORS, SHARED_LIMIT = 132, 227 * 1024
 
-LOCAL_LIMIT = 2
-"""One register pair of the seesaw's producer is stored once and read once per item."""
+PRODUCTS = {"seesaw": 44, "swapped": 52}
+"""Instructions of matrix products in a loop over pages: one step's."""
+
+LOCAL_LIMIT, STACK_LIMIT = 1, 64
+"""Of a loop over pages, in the branch for pages that need masking; and bytes, mostly per item."""
 
 KERNELS = ("plan", "seesaw", "swapped", "combine")
 PROBLEMS: dict[str, dict[str, Any]] = {
@@ -136,13 +140,42 @@ def occupied(compiled: Any) -> dict[str, Any]:
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
-    count = Counter(re.findall(r"\b(LDL|STL|HGMMA|UTMALDG|BAR\.SYNC)\b", listing))
+    lines = re.findall(r"/\*([0-9a-f]{4,6})\*/ +(.*?);", listing)
+    code = [(int(address, 16), text) for address, text in lines]
     return {
-        "registers": int(registers), "stack": int(stack), "local": count["LDL"] + count["STL"],
-        "shared": int(compiled.metadata.shared), "matrix": count["HGMMA"],
-        "fetches": count["UTMALDG"], "syncs": count["BAR.SYNC"],
+        "registers": int(registers), "stack": int(stack), "shared": int(compiled.metadata.shared),
+        "loops": page_loops(code, PRODUCTS.get(compiled.name, 0)), **count(code),
         "warnings": [line for line in again.splitlines() if re.search(r"warning|\(C7", line)],
     }  # fmt: skip
+
+
+def count(code: list[tuple[int, str]]) -> dict[str, int]:
+    """Instructions, and some kinds of them."""
+    found = Counter(re.findall(r"\b(LDL|STL|HGMMA|UTMALDG|BAR)\b", " ".join(t for _, t in code)))
+    return {
+        "instructions": len(code), "local": found["LDL"] + found["STL"], "matrix": found["HGMMA"],
+        "fetches": found["UTMALDG"], "syncs": found["BAR"],
+    }  # fmt: skip
+
+
+def page_loops(code: list[tuple[int, str]], products: int) -> list[dict[str, int]]:
+    """What the loops over pages consist of: the shortest with so many products, without overlap.
+
+    A loop is what lies between a branch backwards and where it goes. (Waiting, which the compiler
+    moves out of the way, also branches back, over more than a loop.)
+    """
+    jumps = [
+        (int(target[1], 16), address)
+        for address, text in code
+        if (target := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) and int(target[1], 16) < address
+    ]
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(jumps, key=lambda jump: jump[1] - jump[0]):
+        inside = [(address, text) for address, text in code if start <= address <= end]
+        overlaps = any(start <= other_end and other <= end for other, other_end in found)
+        if products and not overlaps and count(inside)["matrix"] == products:
+            found.append((start, end))
+    return [count([(a, t) for a, t in code if start <= a <= end]) for start, end in found]
 
 
 def compile_problem(problem: str) -> dict[str, dict[str, Any]]:
@@ -156,8 +189,10 @@ def complaints(kernel: str, used: dict[str, Any]) -> list[str]:
     found = list(used["warnings"])
     if used["shared"] > SHARED_LIMIT:
         found.append("does not fit in shared memory")
-    if used["local"] > (LOCAL_LIMIT if kernel == "seesaw" else 0):
+    if used["stack"] > STACK_LIMIT or any(loop["local"] > LOCAL_LIMIT for loop in used["loops"]):
         found.append("spills registers")
+    if len(used["loops"]) != {"seesaw": 2, "swapped": 1}.get(kernel, 0):
+        found.append("has other loops than expected")
     if kernel in ("seesaw", "swapped") and not (used["matrix"] and used["fetches"]):
         found.append("does not use the tensor cores and the accelerator")
     return found

@@ -177,7 +177,7 @@ def test_the_plan_covers_every_step_once(parts, fixed):
 RULES = [
     (module, name, number)
     for module, names in {
-        gluon_feed: "fetch_left fetch_right producer",
+        gluon_feed: "fetch_queries fetch_page",
         gluon_seesaw: "begin_scores finish_scores even_step even_half odd_step odd_half",
         gluon_job: "clear",
         gluon_swapped: "producer step consumer",

@@ -1,4 +1,4 @@
-"""The seesaw kernel's shared memory and the warp that fills it; the schedule is in gluon_seesaw."""
+"""The seesaw kernel's shared memory and the warps that fill it; the schedule is in gluon_seesaw."""
 
 # mypy: allow-untyped-defs
 
@@ -48,53 +48,45 @@ class Barriers(NamedTuple):
 
 
 @gluon.jit
-def page_row(job, item, page):
-    """Where a page of the item starts among the cache's rows; past the end, its last page again."""
-    entry = item.sequence.to(gl.int64) * job.table_stride
-    entry += gl.minimum(page, item.stop - 1) * job.entry_stride
-    return gl.load(job.table + entry) * job.page_rows
+def producer(descriptors, job, tiles, bars, SLOT: gl.constexpr):
+    """One warp: fetch every item's even (SLOT 0) or odd (1) pages, and the first its queries.
+
+    Past an item's end it fetches the last page again, so that both halves do the same steps.
+    """
+    column = gl.program_id(1) * job.head_columns
+    step = 0
+    for number in range(job.begin, job.end):
+        item = read_item(job, number)
+        if SLOT == 0:
+            fetch_queries(descriptors, job, item, (number - job.begin) & 1, tiles, bars)
+        line = job.table + item.sequence.to(gl.int64) * job.table_stride
+        for page in range(item.first + SLOT, item.stop + SLOT, 2):
+            row = gl.load(line + gl.minimum(page, item.stop - 1) * job.entry_stride) * job.page_rows
+            fetch_page(descriptors, row, column, (step & 1) ^ 1, tiles, bars, SLOT)
+            step += 1
 
 
 @gluon.jit
-def fetch_left(descriptors, row, column, phase, tiles, bars, SLOT: gl.constexpr):
-    """Fetch a page's left and rope columns once their place is free."""
+def fetch_queries(descriptors, job, item, turn, tiles, bars):
+    """Fetch an item's tile of query rows once both halves are done with the last."""
+    row = (item.sequence * gl.num_programs(1) + gl.program_id(1)) * (job.queries * job.group)
+    row += gl.program_id(0) * ROWS
+    mbarrier.wait(bars.q_free, turn ^ 1)
+    mbarrier.expect(bars.q_full, ROWS * (RANK + ROPE) * 2)
+    tma_load(descriptors.q_half, [row, 0], bars.q_full, tiles.q.index(0))
+    tma_load(descriptors.q_half, [row, HALF], bars.q_full, tiles.q.index(1))
+    tma_load(descriptors.q_rope, [row, RANK], bars.q_full, tiles.p.index(1))
+
+
+@gluon.jit
+def fetch_page(descriptors, row, column, phase, tiles, bars, SLOT: gl.constexpr):
+    """Fetch a page once its place is free, first its left and rope columns, then its right."""
     full = bars.left_full.index(SLOT)
     mbarrier.wait(bars.left_free.index(SLOT), phase)
     mbarrier.expect(full, PAGE * (HALF + ROPE) * 2)
     tma_load(descriptors.cache_half, [row, column], full, tiles.left.index(SLOT))
     tma_load(descriptors.cache_rope, [row, column + RANK], full, tiles.rope.index(SLOT))
-
-
-@gluon.jit
-def fetch_right(descriptors, row, column, phase, tiles, bars, SLOT: gl.constexpr):
-    """Fetch a page's right columns once their place is free."""
     full = bars.right_full.index(SLOT)
     mbarrier.wait(bars.right_free.index(SLOT), phase)
     mbarrier.expect(full, PAGE * HALF * 2)
     tma_load(descriptors.cache_half, [row, column + HALF], full, tiles.right.index(SLOT))
-
-
-@gluon.jit
-def producer(descriptors, job, tiles, bars):
-    """One warp: fetch every item's queries and pages."""
-    column = gl.program_id(1) * job.head_columns
-    step = 0
-    for number in range(job.begin, job.end):
-        item = read_item(job, number)
-        rows = job.queries * job.group
-        row = (item.sequence * gl.num_programs(1) + gl.program_id(1)) * rows
-        row += gl.program_id(0) * ROWS
-        mbarrier.wait(bars.q_free, ((number - job.begin) & 1) ^ 1)
-        mbarrier.expect(bars.q_full, ROWS * (RANK + ROPE) * 2)
-        tma_load(descriptors.q_half, [row, 0], bars.q_full, tiles.q.index(0))
-        tma_load(descriptors.q_half, [row, HALF], bars.q_full, tiles.q.index(1))
-        tma_load(descriptors.q_rope, [row, RANK], bars.q_full, tiles.p.index(1))
-        for page in range(item.first, item.stop, 2):
-            phase = (step & 1) ^ 1
-            even, odd = page_row(job, item, page), page_row(job, item, page + 1)
-            # In the order in which the places become free.
-            fetch_left(descriptors, even, column, phase, tiles, bars, 0)
-            fetch_left(descriptors, odd, column, phase, tiles, bars, 1)
-            fetch_right(descriptors, odd, column, phase, tiles, bars, 1)
-            fetch_right(descriptors, even, column, phase, tiles, bars, 0)
-            step += 1

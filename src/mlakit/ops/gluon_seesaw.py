@@ -1,4 +1,4 @@
-"""Hopper kernel for many query rows: two warpgroups that take turns, fed by one warp.
+"""Hopper kernel for many query rows: two warpgroups that take turns, fed by two warps.
 
 A thread block keeps 64 query rows and works through its part's items (see ``gluon_plan``). Scores
 of 64 rows against a page of 64 tokens, and a 64 x 256 half of the result, are what a warpgroup's
@@ -6,7 +6,8 @@ registers hold, so two warpgroups share the work (the schedule that FlashMLA's a
 
 * ``even_half`` (the default partition) scores even pages and owns result columns 0 to 255;
 * ``odd_half`` scores odd pages and owns columns 256 to 511;
-* ``producer``, one warp, has the tensor memory accelerator fetch queries and pages.
+* two ``producer`` warps have the tensor memory accelerator fetch queries and pages, one the even
+  pages, one the odd, so that neither waits for the other's place to become free.
 
 Each half needs the weights of both pages: its own come from registers, the other's from shared
 memory. While one computes a softmax, the other keeps the tensor cores busy. Per step, that is two
@@ -18,7 +19,7 @@ pages, with s the scores, m the running maximum, p the weights:
 1     m0 = max(m, s0); publishes m0 (max_even)       s1 = q k1
 2     p0; o += p0 v0, left                           m1 = max(m0, s1); publishes m1 (max_odd)
 3     rescales p0 to m1; publishes it (weight_even)  p1; publishes it (weight_odd)
-4     o += p1 v1, left; next s0 = q k0               o += p1 v1 + p0 v0, right
+4     o += p1 v1, left; next s0 = q k0               o += p0 v0 + p1 v1, right
 ====  =============================================  =============================================
 
 Shared memory: queries 72 KiB; two pages, each as left, right (256 columns) and rope (64), 144 KiB;
@@ -223,13 +224,13 @@ def odd_step(
     clear(tiles.right.index(odd), item.stored - (page + 1) * PAGE, ROUND)
     clear(tiles.right.index(even), item.stored - page * PAGE, ROUND)
     weights = gl.convert_layout(weights, WEIGHTS)
-    product = warpgroup_mma(weights, tiles.right.index(odd), o, is_async=True)
     mbarrier.wait(bars.weight_even, phase)
-    product = warpgroup_mma(tiles.p.index(even), tiles.right.index(even), product, is_async=True)
+    product = warpgroup_mma(tiles.p.index(even), tiles.right.index(even), o, is_async=True)
+    product = warpgroup_mma(weights, tiles.right.index(odd), product, is_async=True)
     product = warpgroup_mma_wait(1, deps=[product])  # the first of the two
-    mbarrier.arrive(bars.right_free.index(1), count=1)
-    o = warpgroup_mma_wait(0, deps=[product])
     mbarrier.arrive(bars.right_free.index(0), count=1)
+    o = warpgroup_mma_wait(0, deps=[product])
+    mbarrier.arrive(bars.right_free.index(1), count=1)
     return o, l, m_odd
 
 
@@ -288,7 +289,7 @@ def seesaw(
     partial_out, partial_lse, scale, queries, group, capacity, page_rows, head_columns,
     table_stride, entry_stride, length_stride, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """One thread block of one part; 4 warps, to which it adds 4 and 1."""
+    """One thread block of one part; 4 warps, to which it adds 4, 1 and 1."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE, 16])
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     ROUND: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -327,8 +328,9 @@ def seesaw(
         [
             (even_half, (job, tiles, bars, CAUSAL, SCORES, RESULT, ROUND)),
             (odd_half, (job, tiles, bars, CAUSAL, SCORES, RESULT, ROUND)),
-            (producer, (descriptors, job, tiles, bars)),
+            (producer, (descriptors, job, tiles, bars, 0)),
+            (producer, (descriptors, job, tiles, bars, 1)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )
