@@ -120,6 +120,8 @@ PROBLEMS: dict[str, DenseCall | SparseCall] = {
     "fp8 512+64 in float32, 16 rows": dense(16, dtype=torch.float32, cache_format=FP8),
     "sparse bf16 512+64, 128 heads": sparse(128, None),
     "sparse fp8 512+64, 128 heads": sparse(128, FP8),
+    "sparse bf16 512+64, 64 heads, two caches": sparse(64, None, caches=2),
+    "sparse int4 512+64, 64 heads, two caches": sparse(64, INT4, caches=2),
     "sparse model1 448+64, 64 heads, two caches": sparse(64, MODEL1, rank=512, caches=2),
 }
 """Calls that between them use every kind of tile, format and feature."""

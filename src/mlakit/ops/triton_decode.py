@@ -48,6 +48,7 @@ class _Rows:
         table: page numbers, or slots.
         lengths: tokens of each sequence, or slots that count.
         capacity: what a line of the table has room for.
+        room: rows in the cache.
         layout: what is built into the kernel.
     """
 
@@ -56,12 +57,8 @@ class _Rows:
     table: Tensor
     lengths: Tensor
     capacity: int
+    room: int
     layout: Layout
-
-    @property
-    def room(self) -> int:
-        """Rows in the cache."""
-        return self.pages.shape[0] * self.layout.page
 
 
 def why_not(call: DenseCall | SparseCall) -> str:
@@ -88,7 +85,7 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
     group = call.q.shape[1] // kv_heads
     source = _rows(
         call.k_cache, call.cache_format, call.kv_lora_rank, call.block_table, call.cache_seqlens,
-        call.block_table.shape[1] * block_size,
+        block_size=block_size,
     )  # fmt: skip
     # Batch invariance: a tile that suits the queries of the batch's longest would depend on it.
     rows = group if call.batch_invariant else group * call.max_seqlen_q
@@ -103,7 +100,7 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
 def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
     """``mla_sparse_decode`` without the sink, and the largest score."""
     sources = [
-        _rows(pages, cache_format, call.kv_lora_rank, slots, counts, slots.shape[1])
+        _rows(pages, cache_format, call.kv_lora_rank, slots, counts)
         for pages, cache_format, slots, counts in call.selections
     ]
     queries, heads = call.q.shape[:2]
@@ -116,13 +113,17 @@ def _rows(
     rank: int,
     table: Tensor,
     lengths: Tensor,
-    capacity: int,
+    block_size: int = 0,
 ) -> _Rows:
-    """A cache as the kernels take it."""
+    """A cache as the kernels take it; ``block_size`` where the table holds pages, not slots."""
     pages = pages.detach()
-    page = pages.shape[1]
+    count, page = pages.shape[:2]
+    room, capacity = count * page, table.shape[1] * (block_size or 1)
     if cache_format is None or cache_format.kind in PLAIN:
-        page_stride, token_stride, kv_head_stride = pages.stride()[:3]
+        page_stride, token_stride = pages.stride()[:2]
+        kv_head_stride = pages.stride(2) if pages.shape[2] > 1 else 0
+        if not block_size and (count == 1 or page_stride == page * token_stride):
+            page, page_stride = 1, token_stride  # a slot is its own address: one kernel for all
         unit = math.gcd(16, page_stride, token_stride, kv_head_stride)
         layout = Layout("plain", page, pages.shape[3], rank, token_stride, unit)
     else:
@@ -139,7 +140,7 @@ def _rows(
             scales[0] if scales else 0, codes if scales else codes + scale_bytes,
         )  # fmt: skip
     strides = (page_stride // unit, kv_head_stride // unit)
-    return _Rows(pages, strides, table.contiguous(), lengths.contiguous(), capacity, layout)
+    return _Rows(pages, strides, table.contiguous(), lengths.contiguous(), capacity, room, layout)
 
 
 def _launch(
@@ -179,7 +180,9 @@ def _launch(
     if not len(q):
         return out, lse, top
     target, processors = _device(q.device)
-    tile = _tile(q, sources, rows, rank, target)
+    whole = selected or sources[0].layout.page % 32 == 0
+    lean = whole and group % 16 == 0 and not soft_cap
+    tile = _tile(q, sources, rows, rank, target, lean)
     row_tiles = math.ceil(queries * group / tile.rows)
     tiles = row_tiles * kv_heads * (1 if tile.shared else math.ceil(rank / tile.values))
     parts = max(1, WAVES * processors // tiles)
@@ -228,7 +231,7 @@ def _launch(
     return out, lse, top
 
 
-def _tile(q: Tensor, sources: list[_Rows], rows: int, rank: int, target: str) -> Tile:
+def _tile(q: Tensor, sources: list[_Rows], rows: int, rank: int, target: str, lean: bool) -> Tile:
     """The tile that suits ``rows`` query rows of a kv head and the memory of the caches."""
     layout = sources[0].layout
     aligned = not any(
@@ -236,8 +239,9 @@ def _tile(q: Tensor, sources: list[_Rows], rows: int, rank: int, target: str) ->
         for source in sources
     )
     return choose_tile(
-        target, q.dtype, layout.kind, rows, rank, q.shape[2], layout.latent, layout.row, aligned
-    )
+        target, q.dtype, layout.kind, rows, rank, q.shape[2], layout.latent, layout.row, aligned,
+        len(sources), lean,
+    )  # fmt: skip
 
 
 def _device(device: torch.device) -> tuple[str, int]:

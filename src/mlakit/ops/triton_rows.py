@@ -94,6 +94,8 @@ def locate(
         page, inner = found, block * TOKENS % LAYOUT.page + lane
     else:
         page, inner = found[:, None], (block * TOKENS + lane) % LAYOUT.page
+    if LAYOUT.page * LAYOUT.token_stride >= 2**31:
+        inner = inner.to(tl.int64)
     return cache + page.to(tl.int64) * page_stride * LAYOUT.unit, inner
 
 

@@ -25,6 +25,12 @@ STAGES = {
 sm_89, sm_120) and what is not known yet.
 """
 
+WIDE = triton.__version__.startswith("3.6.")
+"""Whether 64 rows of 512 value columns, for Hopper's wgmma, compile without spills.
+
+They halve how often a row is read, and just fit the registers; with 3.9, 56 of them are missing.
+"""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -59,6 +65,8 @@ def choose_tile(
     latent: int,
     row: int,
     aligned: bool,
+    caches: int,
+    lean: bool,
 ) -> Tile:
     """The tile for a problem.
 
@@ -73,6 +81,10 @@ def choose_tile(
         row: columns of a cache row.
         aligned: cache rows start at multiples of 16 bytes; loads of others take registers instead
             of going to shared memory directly.
+        caches: that are attended to as one, 1 or 2; each has a loop of its own, for which both
+            have fewer registers.
+        lean: groups of 16 heads, pages that hold whole blocks, no soft cap: what leaves the most
+            registers.
     """
     values, rest = power(latent), row - latent
     if dtype == torch.float32:  # without matrix instructions: small blocks
@@ -83,12 +95,17 @@ def choose_tile(
     keys = power(rest) if rest else 0
     few, many = STAGES.get(target, STAGES["other"])
     if kind != "plain":
-        return Tile(16, 32, values, keys, True, 8, few)
+        # Shared memory holds the codes of some steps, and the values of one, twice.
+        tokens = 16 if target not in STAGES or caches > 1 else 32
+        return Tile(16, tokens, values, keys, True, 8, few)
     if rows <= 16 or not many:
         return Tile(16, 32, values, keys, True, 4, few)
     if values <= 256:
         tall = rows > 32
-        return Tile(64 if tall else 32, 32, values, keys, True, 8 if tall else 4, few)
+        warps = 8 if tall and values > 128 else 4
+        return Tile(64 if tall else 32, 32, values, keys, True, warps, few)
+    if target == "sm_90" and WIDE and lean and rows > 32 and latent == 512 and caches == 1:
+        return Tile(64, 32, values, keys, True, 8, 3)
     return Tile(32, 32, values, keys, True, 8, many)
 
 
