@@ -105,7 +105,10 @@ class Machine:
                 break
             (choice,) = self.random.choices(range(len(weights)), weights)
             if choice >= len(able):
-                self.under_way.pop(choice - len(able))[1]()
+                try:
+                    self.under_way.pop(choice - len(able))[1]()
+                except ProtocolError as error:
+                    self.failure = error
                 continue
             if able[choice] is partition:
                 return False
