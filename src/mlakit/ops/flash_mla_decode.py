@@ -50,8 +50,12 @@ def _why_not_dense(call: DenseCall) -> str:
         return "its dense attention is for caches that are not quantised"
     if call.q.dtype not in (torch.bfloat16, torch.float16):
         return f"it is for bfloat16 and float16, not {call.q.dtype}"
-    if (call.kv_lora_rank, call.q.shape[2], call.row) != (512, 576, 576):
-        return f"it is for kv_lora_rank 512 and rows of 576, not {call.kv_lora_rank} and {call.row}"
+    widths = (call.kv_lora_rank, call.q.shape[2], call.row)
+    if widths != (512, 576, 576):
+        return (
+            "it is for kv_lora_rank 512 and 576 columns in q and in the cache, not "
+            f"{widths[0]}, {widths[1]} and {widths[2]}"
+        )
     if call.k_cache.shape[1] != 64:
         return f"it is for pages of 64 tokens, not {call.k_cache.shape[1]}"
     if call.cu_seqlens_q is not None:

@@ -67,7 +67,10 @@ def why_not(call: DenseCall | SparseCall) -> str:
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it is for bfloat16 and float16, not {q.dtype}"
     if widths != (RANK, WIDTH, WIDTH):
-        return f"it is for kv_lora_rank {RANK} and rows of {WIDTH}, not {widths[0]} and {widths[2]}"
+        return (
+            f"it is for kv_lora_rank {RANK} and {WIDTH} columns in q and in the cache, not "
+            f"{widths[0]}, {widths[1]} and {widths[2]}"
+        )
     if cache.shape[1] != PAGE:
         return f"it is for pages of {PAGE} tokens, not {cache.shape[1]}"
     if call.cu_seqlens_q is not None:
