@@ -29,7 +29,7 @@ FILES = {
 ORDER = ("cpu", "gluon", "triton", "torch")
 REASONS = {
     "cpu": "tensors on the CPU: a piece of the cache at a time, in its cores' caches",
-    "gluon": "512 + 64 on Hopper: two warpgroups and a producer, written in Gluon",
+    "gluon": "512 + 64 on Hopper: warps of their own fetch, others multiply, written in Gluon",
     "triton": "tensors on a GPU: split sequences, compiled by Triton",
 }
 
@@ -96,6 +96,8 @@ def why_not(name: str, call: DenseCall | SparseCall) -> str:
         return "Triton is not installed"
     if _capability(call.q.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
+    if name == "gluon" and (torch.version.hip or _capability(call.q.device) != (9, 0)):
+        return "it is for GPUs of compute capability 9.0"  # others never import it
     return str(implementation(name).why_not(call))
 
 
