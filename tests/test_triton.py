@@ -40,8 +40,8 @@ interpreter = pytest.mark.skipif(
 
 
 FEW = [
-    "deepseek_shape", "without_a_key", "strided", "features and dtype0", "refused",
-    "quantised_caches and dtype0", "selected_rows and (model1 or int4 or bf16)",
+    "deepseek_shape and dtype0 and True", "without_a_key", "strided", "features and dtype0",
+    "small and quantised_caches and dtype0", "selected_rows and (small or int4)", "refused",
 ]  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 A row has two sections, the latent and the rope part. In plain pages both are numbers in q's dtype
 side by side; in quantised ones the latent is codes with a scale per group, the rope part bfloat16
-(``cache_format`` says what lies where).
+(``cache_format`` says what lies where). What is read is rounded once, to q's dtype, as FlashMLA
+does: code times scale is exact in bfloat16 for e4m3 and a power of two, not for the integers.
 """
 
 # mypy: allow-untyped-defs
@@ -23,8 +24,7 @@ class Layout:
         kind: ``plain``, or a kind of ``cache_format.QUANTISED``.
         page: tokens per page.
         row: columns of a row, C + R.
-        latent: columns of its first section; all of them in plain pages where keys and values are
-            apart.
+        latent: columns of its first section, C; in plain pages those of the value.
         token_stride: elements (bytes of quantised pages) from one token to the next; built in, it
             saves the registers of as many addresses as a thread loads rows.
         unit: all strides are multiples of so many elements, and are passed divided by it, so that

@@ -96,7 +96,7 @@ def choose_tile(
     few, many = STAGES.get(target, STAGES["other"])
     if kind != "plain":
         # Shared memory holds the codes of some steps, and the values of one, twice.
-        tokens = 16 if target not in STAGES or caches > 1 else 32
+        tokens = 32 if target in STAGES and lean and caches == 1 else 16
         return Tile(16, tokens, values, keys, True, 8, few)
     if rows <= 16 or not many:
         return Tile(16, 32, values, keys, True, 4, few)
