@@ -22,11 +22,10 @@ from mlakit.conversion.calibrate import (
     choose_windows,
     layer_weights,
     partial_rope_layer,
-    run_layer,
 )
 from mlakit.conversion.plan import ConversionPlan
 from mlakit.conversion.rotate import rorope
-from mlakit.conversion.stream import LayerReader
+from mlakit.conversion.stream import LayerReader, run_layer
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import read_model
 from mlakit.nn.hf import load
@@ -75,8 +74,14 @@ SOURCES: dict[str, dict[str, Any]] = {
 MODES: dict[str, dict[str, Any]] = {
     "equal-cache": {"equal_cache": True},
     "article": {"equal_cache": True, "form": "article"},
-    "full rank": {"cache_ratio": 1.0, "freqfold": 1},
-    "half": {"cache_ratio": 0.5, "qk_rope_head_dim": 4},
+    "full rank": {"cache_ratio": 1.0, "method": "transmla", "freqfold": 1},
+    "half, published": {"cache_ratio": 0.5, "qk_rope_head_dim": 4, "method": "transmla"},
+    "half": {"cache_ratio": 0.5, "qk_rope_head_dim": 6},
+    "half, stock layout": {
+        "cache_ratio": 0.5,
+        "qk_rope_head_dim": 4,
+        "without": ["frequencies", "means"],
+    },
 }
 
 IDS = torch.arange(2 * 40).view(2, 40) * 7 % 50
@@ -129,7 +134,8 @@ def partial_rope_logits(source: Path, plan: ConversionPlan, text: Path) -> torch
     windows = choose_windows(text.read_text(), source, plan.calibration)
     seen, hidden = list(reader.embed(windows, 8)), list(reader.embed(IDS, 2))
     for index, spec in enumerate(reader.spec.layers):
-        layer, moment, weights = reader.layer(index), Moment(), layer_weights(reader, index)
+        layer, weights = reader.layer(index), layer_weights(reader, index)
+        moment = Moment(weights)
         moment.watch(layer.layers[0].self_attn)
         seen = list(run_layer(layer, seen, reader.device))
         keys = weights.keys @ moment.value @ weights.keys.mT
@@ -144,8 +150,8 @@ def partial_rope_logits(source: Path, plan: ConversionPlan, text: Path) -> torch
 def test_every_source_in_every_mode(source: Path, mode: str, text: Path, tmp_path: Path) -> None:
     options = MODES[mode]
     spec = read_model(json.loads((source / "config.json").read_text()))
-    if mode == "half" and spec.layers[0].rope.rope_type == "yarn":
-        options = {"cache_ratio": 0.5}
+    if mode == "half, published" and spec.layers[0].rope.rope_type == "yarn":
+        options = {"cache_ratio": 0.5, "method": "transmla"}
     before = contents(source)
     plan = convert(source, tmp_path / "out", calibration=text, **options)
     assert contents(source) == before
@@ -170,17 +176,19 @@ def test_every_source_in_every_mode(source: Path, mode: str, text: Path, tmp_pat
         exact = partial_rope_logits(source, plan, text)
         if spec.layers[0].num_key_value_heads == 1:  # nothing to drop
             assert relative_error(exact, logits(source)) < 5e-6
-    if mode != "half":
+    if not mode.startswith("half"):
         assert relative_error(logits(tmp_path / "out"), exact) < rounding
     if plan.goal.equal_cache and plan.dtype != "float32":
         convert(source, tmp_path / "wide", dtype="float32", **options)
         assert relative_error(logits(tmp_path / "wide"), exact) < 5e-6
 
 
-def test_ranks_trade_bytes_for_energy(tiny: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["mlakit", "transmla"])
+def test_ranks_trade_bytes_for_energy(tiny: Path, text: Path, tmp_path: Path, method: str) -> None:
     kept, ratios = [], []
     for rank in (4, 12, 24):
-        plan = convert(tiny, tmp_path / str(rank), kv_lora_rank=rank, calibration=text, freqfold=1)
+        plan = convert(tiny, tmp_path / f"{method}{rank}", kv_lora_rank=rank, calibration=text,
+                       method=method)  # fmt: skip
         kept.append(min(layer["kept"] for layer in plan.measured["layers"]))
         ratios.append(plan.cache_ratio)
     assert kept == sorted(kept) and kept[-1] == pytest.approx(1)
@@ -188,7 +196,7 @@ def test_ranks_trade_bytes_for_energy(tiny: Path, text: Path, tmp_path: Path) ->
 
 
 def test_freqfold_auto_is_judged_on_held_out_text(tiny: Path, text: Path, tmp_path: Path) -> None:
-    plan = convert(tiny, tmp_path / "out", cache_ratio=0.5, calibration=text)
+    plan = convert(tiny, tmp_path / "out", cache_ratio=0.5, calibration=text, method="transmla")
     tried = plan.measured["held_out_perplexity"]
     assert plan.measured["freqfold"] == int(min(tried, key=lambda fold: tried[fold]))
     assert "1" in tried and "2" in tried
@@ -199,9 +207,15 @@ class Stop(Exception):
 
 
 COMPRESS = {"cache_ratio": 0.5, "calibration_tokens": 1024}
+RUNS = {
+    "equal": {"equal_cache": True},
+    "compress": COMPRESS,
+    "one theta": {**COMPRESS, "without": ["frequencies"]},
+    "published": {**COMPRESS, "method": "transmla"},
+}
 
 
-@pytest.mark.parametrize("options", [{"equal_cache": True}, COMPRESS], ids=["equal", "compress"])
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_a_run_cut_off_anywhere_resumes_bit_for_bit(
     tiny: Path, text: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -234,7 +248,7 @@ def test_a_killed_process_resumes_bit_for_bit(tiny: Path, text: Path, tmp_path: 
         "import os, signal, sys\n"
         "from mlakit.conversion.apply import convert\n"
         "def progress(stage, done, total):\n"
-        "    if (stage, done) == ('compress', 1): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if (stage, done) == ('convert', 1): os.kill(os.getpid(), signal.SIGKILL)\n"
         f"convert(sys.argv[1], sys.argv[2], calibration=sys.argv[3], progress=progress,"
         f" **{COMPRESS!r})\n"
     )

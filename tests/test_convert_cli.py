@@ -36,13 +36,16 @@ def test_convert_prints_what_was_measured_and_what_comes_next(tiny: Path) -> Non
     arguments += ["--calibration", str(tiny.parent / "text.txt")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    for part in ("50.0% of its own", "held-out perplexity", "energy kept", "mlakit eval"):
+    for part in ("50.0% of its own", "output error", "held-out", "mlakit eval"):
         assert part in result.output
     card = (out / "README.md").read_text()
     assert "| this model | 128 | 50.0% | 25.0% |" in card and str(tiny.parent) not in card
     again = CliRunner().invoke(app, [*arguments, "--json"])
     plan = json.loads(again.stdout)
-    assert plan["status"] == "complete" and plan["measured"]["freqfold"] >= 1
+    assert plan["status"] == "complete" and plan["measured"]["layers"][0]["error"] > 0
+    published = [*arguments[:3], str(tiny.parent / "other"), *arguments[4:], "--method", "transmla"]
+    result = CliRunner().invoke(app, published)
+    assert "held-out perplexity" in result.output and "energy kept" in result.output
 
 
 def test_the_source_folder_is_never_written_to(tiny: Path) -> None:
@@ -104,6 +107,7 @@ def test_an_interrupted_run_says_how_to_go_on(tiny: Path, monkeypatch: pytest.Mo
     [
         (["--equal-cache"], "No output folder"),
         (["--cache-ratio", "0.5", "--freqfold", "many", "--dry-run"], "neither a number"),
+        (["--cache-ratio", "0.5", "--without", "wings", "--dry-run"], "no such part"),
         (["--dry-run"], "how much cache"),
     ],
 )

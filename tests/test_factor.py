@@ -45,7 +45,9 @@ def random_weights(groups: int, hidden: int = HIDDEN) -> AttentionWeights:
         return weight / hidden**0.5
 
     norm = torch.rand(hidden, dtype=torch.float64, generator=generator) + 0.5
-    return AttentionWeights(projection(HEADS), projection(groups), projection(groups), norm)
+    output = torch.randn(hidden, HEADS * DIM + 1, dtype=torch.float64, generator=generator)
+    heads = projection(HEADS), projection(groups), projection(groups)
+    return AttentionWeights(*heads, output / (HEADS * DIM) ** 0.5, norm)
 
 
 @pytest.fixture(params=[1, 2, 3, 6], ids=lambda groups: f"{groups}kv")
@@ -187,7 +189,8 @@ def test_error_falls_with_rank_and_kept_energy_grows() -> None:
     weights = random_weights(3)
     moment = torch.eye(HIDDEN + 1, dtype=torch.float64)
     rotation = rorope(weights.keys @ moment @ weights.keys.mT, 3, 8, 1)
-    expected = torch.cat([rotation.nope @ weights.keys, weights.values])
+    unrotated = rotation.nope.mT @ rotation.nope @ weights.keys
+    expected = torch.cat([unrotated, weights.values])
     errors, kept = [], []
     for rank in range(1, 2 * 3 * DIM - 8 + 1, 5):
         low = joint_low_rank(weights, rotation, moment, rank)

@@ -36,6 +36,7 @@ SOURCE = AttentionSpec(
     softmax_scale=0.125,
     rope=RopeSpec(theta=10000.0, dim=64),
 )
+PUBLISHED = {"method": "transmla"}
 FULL = 2 * 2 * 64  # numbers the source caches per token
 
 
@@ -48,7 +49,9 @@ FULL = 2 * 2 * 64  # numbers the source caches per token
         (Goal(cache_ratio=0.3), 12, 64),
         (Goal(kv_lora_rank=1), 1, 64),
         (Goal(kv_lora_rank=192), 192, 64),
-        (Goal(kv_lora_rank=16, qk_rope_head_dim=2, freqfold=32), 16, 2),
+        (Goal(kv_lora_rank=16, qk_rope_head_dim=2, method="transmla", freqfold=32), 16, 2),
+        (Goal(kv_lora_rank=8, qk_rope_head_dim=46), 8, 46),
+        (Goal(kv_lora_rank=128, qk_rope_head_dim=128), 128, 128),
         (Goal(equal_cache=True), 128, 128),
         (Goal(equal_cache=True, form="article"), 256, 64),
     ],
@@ -71,13 +74,17 @@ def test_goals_that_can_be_met(goal: Goal, rank: int, rope: int) -> None:
         ({"cache_ratio": 0.001}, "keeps 0 of 256"),
         ({"cache_ratio": 1.5}, "not between 0 and 1"),
         ({"cache_ratio": 0.0}, "not between 0 and 1"),
-        ({"cache_ratio": 0.5, "qk_rope_head_dim": 48}, "divide the head size 64"),
+        ({"cache_ratio": 0.5, "qk_rope_head_dim": 48, **PUBLISHED}, "divide the head size 64"),
         ({"cache_ratio": 0.5, "qk_rope_head_dim": 1}, "must be even"),
-        ({"cache_ratio": 0.5, "qk_rope_head_dim": 128}, "divide the head size 64"),
+        ({"kv_lora_rank": 8, "qk_rope_head_dim": 130}, "at most 128"),
+        ({"cache_ratio": 0.5, "qk_rope_head_dim": 128, **PUBLISHED}, "divide the head size 64"),
         ({"kv_lora_rank": 193}, "not between 1 and 192"),
         ({"kv_lora_rank": 0}, "not between 1 and 192"),
-        ({"cache_ratio": 0.5, "freqfold": 3}, "--freqfold 3"),
-        ({"cache_ratio": 0.5, "qk_rope_head_dim": 16, "freqfold": 2}, "--freqfold 2"),
+        ({"cache_ratio": 0.5, "freqfold": 3, **PUBLISHED}, "--freqfold 3"),
+        (
+            {"cache_ratio": 0.5, "qk_rope_head_dim": 16, "freqfold": 2, **PUBLISHED},
+            "--freqfold 2",
+        ),
     ],
 )
 def test_goals_that_cannot_be_met_name_some_that_can(options: dict[str, Any], message: str) -> None:
@@ -89,7 +96,7 @@ def test_goals_that_cannot_be_met_name_some_that_can(options: dict[str, Any], me
             name.replace("-", "_"): float(value) if "ratio" in name else int(value)
             for name, value in pairs
         }
-        target_layer(SOURCE, Goal(**offered))
+        target_layer(SOURCE, Goal(**offered, method=options.get("method", "mlakit")))
     for size in re.findall(r"nearest are (\d+) and (\d+)", caught.value.remedy):
         key = "freqfold" if "freqfold" in message else "qk_rope_head_dim"
         for value in size:
@@ -107,6 +114,10 @@ def test_goals_that_cannot_be_met_name_some_that_can(options: dict[str, Any], me
         {"cache_ratio": 0.5, "form": "article"},
         {"equal_cache": True, "form": "other"},
         {"cache_ratio": 0.5, "method": "other"},
+        {"cache_ratio": 0.5, "freqfold": 2},
+        {"cache_ratio": 0.5, "without": ("wings",)},
+        {"cache_ratio": 0.5, "without": ("phase",), **PUBLISHED},
+        {"equal_cache": True, "without": ("phase",)},
     ],
 )
 def test_goals_that_say_too_little_or_too_much(options: dict[str, Any]) -> None:
@@ -163,11 +174,11 @@ def test_kept_frequencies_are_the_schedule_of_the_smaller_dimension(rope_type: s
     assert nests == (rope_type in SCALE_FREE_ROPE)
     source = replace(SOURCE, rope=replace(SOURCE.rope, rope_type=rope_type))
     if nests:
-        target_layer(source, Goal(cache_ratio=0.5, qk_rope_head_dim=32))
+        target_layer(source, Goal(cache_ratio=0.5, qk_rope_head_dim=32, **PUBLISHED))
     else:
-        target_layer(source, Goal(cache_ratio=0.5))
+        target_layer(source, Goal(cache_ratio=0.5, **PUBLISHED))
         with pytest.raises(UsageError, match="only all 64"):
-            target_layer(source, Goal(cache_ratio=0.5, qk_rope_head_dim=32))
+            target_layer(source, Goal(cache_ratio=0.5, qk_rope_head_dim=32, **PUBLISHED))
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +208,11 @@ def test_the_hash_covers_what_the_result_depends_on(tiny: Path, text: Path, tmp_
         make_plan(checkpoint, goal, calibration=text, seed=1),
         make_plan(checkpoint, goal, calibration=text, calibration_tokens=1000),
         make_plan(checkpoint, goal, calibration=text, dtype="bfloat16"),
-        make_plan(checkpoint, replace(goal, freqfold=1), calibration=text),
+        make_plan(checkpoint, replace(goal, method="transmla"), calibration=text),
+        make_plan(checkpoint, replace(goal, without=("phase",)), calibration=text),
         make_plan(checkpoint, Goal(equal_cache=True)),
     ]
-    assert len({plan.hash, *(other.hash for other in others)}) == 7
+    assert len({plan.hash, *(other.hash for other in others)}) == 8
     other = open_checkpoint(save_tiny(tmp_path / "other", num_attention_heads=8))
     assert make_plan(other, goal, calibration=text).hash != plan.hash
 

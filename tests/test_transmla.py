@@ -52,6 +52,7 @@ def test_published_perplexities(shared: Path, tmp_path: Path) -> None:
             out,
             kv_lora_rank=rank,
             qk_rope_head_dim=8,
+            method="transmla",
             freqfold=1,
             calibration=calibration,
             calibration_tokens=WINDOWS * LENGTH,

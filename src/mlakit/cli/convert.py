@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlakit.cli.progress import show_progress
+from mlakit.conversion.budget import PARTS
 from mlakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,9 +41,15 @@ def convert(
     qk_rope_head_dim: Annotated[
         int | None, typer.Option(help="Rotary dimensions kept; default: the head size.")
     ] = None,
-    method: Annotated[str, typer.Option(help="How to compress: transmla.")] = "transmla",
+    method: Annotated[
+        str, typer.Option(help="How to compress: mlakit, or transmla as published.")
+    ] = "mlakit",
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A part of mlakit to leave out, repeatable: {', '.join(PARTS)}."),
+    ] = None,
     freqfold: Annotated[
-        str, typer.Option(help="Frequencies folded together: a number, or auto (held-out text).")
+        str, typer.Option(help="For transmla: frequencies folded together, a number or auto.")
     ] = "auto",
     calibration: Annotated[
         str | None,
@@ -78,6 +85,7 @@ def convert(
         "kv_lora_rank": kv_lora_rank,
         "qk_rope_head_dim": qk_rope_head_dim,
         "method": method,
+        "without": without or (),
         "freqfold": "auto" if freqfold == "auto" else int(freqfold),
         "calibration": calibration,
         "calibration_tokens": calibration_tokens,
@@ -161,13 +169,10 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
 
 def print_measured(plan: ConversionPlan, console: Console) -> None:
     """What a conversion chose and kept."""
-    if plan.measured.get("freqfold"):
-        perplexities = plan.measured["held_out_perplexity"].items()
-        tried = ", ".join(f"{fold}: {value:.3f}" for fold, value in perplexities)
-        chosen = f" (held-out perplexity by fold: {tried})" if tried else ""
-        _line(console, "freqfold", f"{plan.measured['freqfold']}{chosen}")
-        kept = [layer["kept"] for layer in plan.measured["layers"]]
-        _line(console, "energy kept", f"{min(kept):.1%} in the worst layer")
+    from mlakit.conversion.card import findings
+
+    for name, value in findings(plan):
+        _line(console, name, value)
 
 
 def _line(console: Console, name: str, value: str) -> None:

@@ -6,6 +6,7 @@ No torch before the work begins, so that a dry run is quick.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -32,8 +33,9 @@ def convert(
     cache_ratio: float | None = None,
     kv_lora_rank: int | None = None,
     qk_rope_head_dim: int | None = None,
-    method: str = "transmla",
+    method: str = "mlakit",
     freqfold: int | Literal["auto"] = "auto",
+    without: Sequence[str] = (),
     calibration: str | Path | None = None,
     calibration_tokens: int = 32768,
     seed: int = 0,
@@ -57,8 +59,10 @@ def convert(
         cache_ratio: share of the source's own cache to keep.
         kv_lora_rank: C, instead of a ratio.
         qk_rope_head_dim: R; the source's head size if None.
-        method: ``transmla``.
-        freqfold: frequencies folded together; ``auto`` chooses on held-out calibration text.
+        method: how to compress: ``mlakit``, or ``transmla`` as published.
+        freqfold: frequencies that ``transmla`` folds together; ``auto`` chooses on held-out
+            calibration text.
+        without: parts of ``mlakit`` to leave out (``conversion.budget.PARTS``).
         calibration: text file, folder of texts or dataset name; the package's own text if None.
         calibration_tokens: how many tokens of it are used, at most.
         seed: chooses the windows of a longer text.
@@ -74,7 +78,16 @@ def convert(
         UsageError, UnsupportedModelError: nothing was written.
         MlakitError: disk full, damaged source, output in use; says what to do.
     """
-    goal = Goal(equal_cache, form, cache_ratio, kv_lora_rank, qk_rope_head_dim, method, freqfold)
+    goal = Goal(
+        equal_cache,
+        form,
+        cache_ratio,
+        kv_lora_rank,
+        qk_rope_head_dim,
+        method,
+        freqfold,
+        tuple(sorted(set(without))),
+    )
     checkpoint = open_checkpoint(model)
     plan = make_plan(
         checkpoint,

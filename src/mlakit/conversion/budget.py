@@ -14,6 +14,19 @@ from mlakit.spec import AttentionSpec, RopeSpec
 
 EqualCacheForm = Literal["absorbed", "article"]
 
+METHODS = ("mlakit", "transmla")
+
+PARTS = {
+    "unitary": "complex mixing of key heads; without: real, as TransMLA's",
+    "metric": "rank by the error of the layer's output; without: balanced PCA",
+    "tokens": "tokens weighted by the attention they get",
+    "means": "means of keys and values left out of the rank; needs a bias on o_proj",
+    "phase": "a dropped rotation replaced by its mean phase",
+    "frequencies": "each layer chooses its rotary frequencies; needs mlakit's own classes",
+    "theta": "else one rope_theta for the whole model, chosen on held-out calibration text",
+}
+"""What the method ``mlakit`` is made of; each part can be left out alone."""
+
 SCALE_FREE_ROPE = ("default", "linear", "llama3")
 """Scaling rules that look at a frequency alone: every c-th one of dimension d is then the schedule
 of dimension d/c. YaRN ramps over the index of a frequency, so its schedules do not nest."""
@@ -29,8 +42,9 @@ class Goal:
         cache_ratio: share of the source's own cache to keep, between 0 and 1.
         kv_lora_rank: C, instead of a ratio.
         qk_rope_head_dim: R, the rotary dimensions kept; the source's head size if None.
-        method: how to compress; ``transmla``.
-        freqfold: frequencies folded together, or ``auto``.
+        method: how to compress; ``mlakit`` or, as published, ``transmla``.
+        freqfold: frequencies folded together by ``transmla``, or ``auto``.
+        without: names of PARTS that the method ``mlakit`` does without, sorted.
     """
 
     equal_cache: bool = False
@@ -38,14 +52,30 @@ class Goal:
     cache_ratio: float | None = None
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
-    method: str = "transmla"
+    method: str = "mlakit"
     freqfold: int | Literal["auto"] = "auto"
+    without: tuple[str, ...] = ()
+
+    def has(self, part: str) -> bool:
+        """Whether this is the method ``mlakit`` with this one of PARTS."""
+        compress = not self.equal_cache and self.method == "mlakit"
+        return compress and part not in self.without
 
     def __post_init__(self) -> None:
         if self.form not in ("absorbed", "article"):
             raise UsageError(f"There is no form {self.form!r}", remedy="use absorbed or article")
-        if self.method != "transmla":
-            raise UsageError(f"There is no method {self.method!r}", remedy="use transmla")
+        if self.method not in METHODS:
+            raise UsageError(
+                f"There is no method {self.method!r}", remedy=f"use {' or '.join(METHODS)}"
+            )
+        for part in self.without:
+            if part not in PARTS:
+                raise UsageError(
+                    f"--without {part!r}: there is no such part",
+                    remedy=f"known: {', '.join(PARTS)}",
+                )
+        if self.without and (self.method != "mlakit" or self.equal_cache):
+            raise UsageError("--without belongs to --method mlakit", remedy="leave it out")
         sizes = (self.cache_ratio, self.kv_lora_rank, self.qk_rope_head_dim)
         if self.equal_cache:
             if any(size is not None for size in sizes) or self.freqfold != "auto":
@@ -55,6 +85,10 @@ class Goal:
                     " --freqfold, or leave out --equal-cache to compress",
                 )
             return
+        if self.method != "transmla" and self.freqfold != "auto":
+            raise UsageError(
+                "--freqfold belongs to --method transmla", remedy="leave it out, or name the method"
+            )
         if self.form != "absorbed":
             raise UsageError("--form belongs to --equal-cache", remedy="add --equal-cache")
         if (self.cache_ratio is None) == (self.kv_lora_rank is None):
@@ -71,10 +105,13 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
         UsageError: the goal cannot be met; names the nearest two that can.
     """
     rope = source.rope
-    if rope is None or rope.dim != source.head_dim:
-        raise UsageError("Only layers whose whole head is rotated can be converted")
     groups, dim = source.num_key_value_heads, source.head_dim
-    latent = replace(source, num_key_value_heads=source.num_attention_heads, v_head_dim=dim)
+    latent = replace(
+        source,
+        num_key_value_heads=source.num_attention_heads,
+        source_kv_heads=groups,
+        v_head_dim=dim,
+    )
     if goal.equal_cache and goal.form == "article":
         return replace(
             latent,
@@ -90,19 +127,31 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
             kv_lora_rank=groups * dim,
             qk_nope_head_dim=0,
             qk_rope_head_dim=groups * dim,
-            rope=replace(rope, blocks=groups),
+            rope=rope and replace(rope, blocks=groups),
         )
-    rope_dim = dim if goal.qk_rope_head_dim is None else goal.qk_rope_head_dim
-    _check_rope_dim(rope, rope_dim)
-    _check_freqfold(dim, rope_dim, goal.freqfold)
+    turning = source.rotary_dim
+    rope_dim = turning if goal.qk_rope_head_dim is None else goal.qk_rope_head_dim
+    choices = rope_choices(source, goal.method)
+    _check_rope_dim(rope or RopeSpec(1.0, turning), rope_dim, choices)
+    if goal.method == "transmla":
+        _check_freqfold(turning, rope_dim, goal.freqfold)
     return replace(
         latent,
         mla_form="compress",
-        kv_lora_rank=_rank(2 * groups * dim, rope, rope_dim, goal),
+        kv_lora_rank=_rank(2 * groups * dim, choices, rope_dim, goal),
         qk_nope_head_dim=dim,
         qk_rope_head_dim=rope_dim,
-        rope=replace(rope, dim=rope_dim),
+        rope=rope and _narrowed(rope, rope_dim),
+        o_bias=source.o_bias or goal.has("means"),
     )
+
+
+def _narrowed(rope: RopeSpec, dim: int) -> RopeSpec:
+    """The schedule of ``dim`` dimensions that all turn."""
+    parameters = dict(rope.parameters)
+    if "partial_rotary_factor" in parameters:
+        parameters["partial_rotary_factor"] = 1.0
+    return replace(rope, dim=dim, parameters=parameters)
 
 
 def freqfold_choices(head_dim: int, rope_dim: int) -> list[int]:
@@ -120,15 +169,17 @@ def freqfold_candidates(head_dim: int, rope_dim: int) -> list[int]:
     return folds
 
 
-def _rope_choices(rope: RopeSpec) -> list[int]:
-    dim = rope.dim
+def rope_choices(source: AttentionSpec, method: str) -> list[int]:
+    """Every rotary width that a method can keep, ascending."""
+    rope = source.rope or RopeSpec(1.0, source.head_dim)
+    if method == "mlakit":
+        return list(range(2, source.num_key_value_heads * source.head_dim + 1, 2))
     if rope.rope_type not in SCALE_FREE_ROPE:
-        return [dim]
-    return [size for size in range(2, dim + 1, 2) if dim % size == 0]
+        return [rope.dim]
+    return [size for size in range(2, rope.dim + 1, 2) if rope.dim % size == 0]
 
 
-def _check_rope_dim(rope: RopeSpec, rope_dim: int) -> None:
-    choices = _rope_choices(rope)
+def _check_rope_dim(rope: RopeSpec, rope_dim: int, choices: list[int]) -> None:
     if rope_dim in choices:
         return
     if len(choices) == 1 and rope.dim > 2:
@@ -137,8 +188,13 @@ def _check_rope_dim(rope: RopeSpec, rope_dim: int) -> None:
             f" depend on how many there are, so only all {rope.dim} dimensions can be kept",
             remedy=f"use --qk-rope-head-dim {rope.dim}",
         )
+    fitting = (
+        f"divide the head size {rope.dim}"
+        if rope.dim == choices[-1]
+        else f"at most {choices[-1]}, that of all key heads"
+    )
     raise UsageError(
-        f"--qk-rope-head-dim {rope_dim} must be even and divide the head size {rope.dim}",
+        f"--qk-rope-head-dim {rope_dim} must be even and {fitting}",
         remedy=f"the nearest are {_two_nearest(choices, rope_dim)}",
     )
 
@@ -156,7 +212,7 @@ def _check_freqfold(dim: int, rope_dim: int, freqfold: int | Literal["auto"]) ->
     )
 
 
-def _rank(full: int, rope: RopeSpec, rope_dim: int, goal: Goal) -> int:
+def _rank(full: int, choices: list[int], rope_dim: int, goal: Goal) -> int:
     """C; ``full`` is what the source caches per token, ``2 G d`` numbers."""
     highest = full - rope_dim
     if goal.kv_lora_rank is not None:
@@ -181,12 +237,11 @@ def _rank(full: int, rope: RopeSpec, rope_dim: int, goal: Goal) -> int:
     width = math.floor(ratio * full + 1e-9)
     if width > rope_dim:
         return width - rope_dim
-    fitting = [size for size in _rope_choices(rope) if size < width]
+    fitting = [size for size in choices if size < width]
     other = (
         f"--cache-ratio {ratio:g} --qk-rope-head-dim {fitting[-1]}"
         if fitting
-        else f"--cache-ratio {_ratio(_rope_choices(rope)[0] + 1, full)}"
-        f" --qk-rope-head-dim {_rope_choices(rope)[0]}"
+        else f"--cache-ratio {_ratio(choices[0] + 1, full)} --qk-rope-head-dim {choices[0]}"
     )
     raise UsageError(
         f"--cache-ratio {ratio:g} keeps {width} of {full} numbers per token and layer; {rope_dim}"

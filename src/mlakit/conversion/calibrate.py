@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mlakit.conversion.factor import AttentionWeights, compress_query, read_weights
+from mlakit.conversion.adapt import source_weights
+from mlakit.conversion.factor import AttentionWeights, compress_query
 from mlakit.conversion.forecast import BATCH_TOKENS, HELD_OUT
 from mlakit.conversion.plan import Calibration
 from mlakit.conversion.rotate import Rotation
-from mlakit.conversion.stream import LayerReader
+from mlakit.conversion.stream import LayerReader, run_layer
 from mlakit.data import token_windows
 from mlakit.errors import MlakitError
 from mlakit.spec import AttentionSpec
@@ -70,12 +71,16 @@ def batch_size(length: int) -> int:
 
 
 class Moment:
-    """``E[x x^T]`` of a layer's attention inputs with a one appended, float64.
+    """``E[x x^T]`` of what a layer's keys are linear in, with a one appended, float64.
 
     Attach it to a layer, run the layer, read ``value``.
+
+    Args:
+        weights: the source layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: AttentionWeights) -> None:
+        self.weights = weights
         self._sum: torch.Tensor | None = None
         self._count = 0
 
@@ -91,7 +96,8 @@ class Moment:
         return self._sum / self._count
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = (args[0] if args else kwargs["hidden_states"]).flatten(0, -2).double()
+        hidden = args[0] if args else kwargs["hidden_states"]
+        x = self.weights.inputs(hidden).flatten(0, -2).double()
         x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         square = x.mT @ x
         self._sum = square if self._sum is None else self._sum + square
@@ -119,10 +125,15 @@ class PartialRope(nn.Module):
         o_proj: nn.Module,
     ) -> None:
         super().__init__()
-        half = rotation.frequencies + spec.head_dim // 2
+        half = rotation.frequencies + spec.rotary_dim // 2
         self.spec = spec
         self.columns = torch.cat([rotation.frequencies, half])
-        self.query = _linear(compress_query(weights, rotation))
+        self.weights = weights
+        rows = compress_query(weights, rotation)
+        if weights.normed is None:
+            self.query = _linear(rows)
+        else:
+            self.lift = rows[:, :-1].unflatten(0, (spec.num_attention_heads, -1)).float()
         self.key = _linear(rotation.nope.mT @ (rotation.nope @ weights.keys))
         self.rope = _linear(rotation.rope @ weights.keys)
         self.value = _linear(weights.values)
@@ -137,44 +148,65 @@ class PartialRope(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """The block's output ``[B, T, D]``; arguments as the family's attention takes them."""
         dim, groups = self.spec.head_dim, self.spec.num_key_value_heads
-        heads = self.spec.num_attention_heads
+        heads, normed = self.spec.num_attention_heads, self.weights.normed
 
         def split(x: torch.Tensor, count: int) -> torch.Tensor:
             return x.unflatten(-1, (count, -1)).transpose(1, 2)  # [B, heads, T, size]
 
-        cos, sin = (angle[:, None][..., self.columns] for angle in position_embeddings)
-
         def turn(x: torch.Tensor) -> torch.Tensor:
+            if self.spec.rope is None:
+                return x
+            cos, sin = (angle[:, None][..., self.columns] for angle in position_embeddings)
             real, imag = x.chunk(2, -1)
             return x * cos + torch.cat([-imag, real], -1) * sin
 
-        query, query_rope = split(self.query(hidden_states), heads).split(
-            [dim, len(self.columns)], -1
-        )
+        if normed is None:
+            query = split(self.query(hidden_states), heads)
+        else:
+            query = torch.einsum("bhtd,hrd->bhtr", normed.queries(hidden_states), self.lift)
+        inputs = self.weights.inputs(hidden_states)
+        query, query_rope = query.split([dim, len(self.columns)], -1)
         query = torch.cat([query, turn(query_rope)], -1)
-        rope = turn(self.rope(hidden_states)[:, None]).expand(-1, groups, -1, -1)
-        key = torch.cat([split(self.key(hidden_states), groups), rope], -1)
-        value = split(self.value(hidden_states), groups)
+        rope = turn(self.rope(inputs)[:, None]).expand(-1, groups, -1, -1)
+        key = torch.cat([split(self.key(inputs), groups), rope], -1)
+        value = split(self.value(inputs), groups)
         repeats = heads // groups
-        out = functional.scaled_dot_product_attention(
+        out = attend(
             query,
             key.repeat_interleave(repeats, 1),
             value.repeat_interleave(repeats, 1),
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None,
-            scale=self.spec.softmax_scale,
+            attention_mask,
+            self.spec,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    """Attention ``[B, H, T, V]`` of a source layer, its scores soft-capped where it does so."""
+    scale, cap = spec.softmax_scale, spec.logit_softcap
+    if cap is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+    scores = torch.tanh(query @ key.mT * (scale / cap)) * cap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    else:
+        scores = scores + mask
+    return scores.softmax(-1) @ value
+
+
 def layer_weights(reader: LayerReader, index: int) -> AttentionWeights:
     """The float64 projections of a source layer, on the reader's device."""
-    tensors = {
-        name.removeprefix("self_attn."): tensor.to(reader.device)
-        for name, tensor in reader.tensors(index).items()
-        if name.startswith("self_attn.") or name == "input_layernorm.weight"
-    }
-    return read_weights(tensors, tensors["input_layernorm.weight"], reader.spec.layers[index])
+    return source_weights(reader, index)
 
 
 def partial_rope_layer(
@@ -186,16 +218,6 @@ def partial_rope_layer(
     spec = reader.spec.layers[index]
     layer.self_attn = PartialRope(weights, rotation, spec, layer.self_attn.o_proj)
     return model
-
-
-@torch.no_grad()
-def run_layer(
-    model: Any, batches: Iterable[torch.Tensor], device: torch.device
-) -> Iterator[torch.Tensor]:
-    """Hidden states ``[b, T, D]`` after a one-layer model, batch by batch, on the CPU."""
-    for batch in batches:
-        hidden = batch.to(device)
-        yield model(inputs_embeds=hidden, use_cache=False).last_hidden_state.cpu()
 
 
 @torch.no_grad()
@@ -214,10 +236,12 @@ def partial_rope_perplexity(
         hidden = list(run_layer(model, hidden, reader.device))
         on_layer()
     norm, output = reader.head()
+    filled = {**reader.family.defaults, **reader.spec.config}
     total, count = 0.0, 0
     for batch, ids in zip(hidden, windows.split(size), strict=True):
         for states, tokens in zip(batch, ids, strict=True):  # one window's logits at a time
             logits = norm(states[:-1].to(reader.device)) @ output.mT
+            logits = reader.family.logits(filled, logits)
             loss = functional.cross_entropy(logits, tokens[1:].to(reader.device), reduction="sum")
             total, count = total + float(loss), count + len(tokens) - 1
     return math.exp(total / count)

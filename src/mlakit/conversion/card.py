@@ -6,9 +6,13 @@ from typing import Any
 
 from mlakit import __version__
 from mlakit.conversion.plan import FORMAT_VERSION, ConversionPlan
+from mlakit.families import FAMILIES, rope_parameters
 from mlakit.spec import ModelSpec
 
-DROPPED_KEYS = ("torch_dtype", "rope_theta", "rope_scaling", "auto_map", "_name_or_path")
+DROPPED_KEYS = (
+    *("torch_dtype", "auto_map", "_name_or_path"),
+    *("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"),
+)
 """Source keys that are respelled below, or that point at code and places of the source."""
 
 
@@ -24,12 +28,13 @@ def converted_config(
         norm_exponent: k of the latent norm, whose eps is ``4^k`` and whose weight is ``2^k``.
     """
     target, old = plan.target, plan.source_layer
+    own = [layer.get("frequencies") for layer in plan.measured.get("layers", [])]
     config = {key: value for key, value in source.items() if key not in DROPPED_KEYS}
     return config | {
-        "architectures": [f"MLA{model.family.capitalize()}ForCausalLM"],
+        "architectures": [f"MLA{FAMILIES[model.family].classes}ForCausalLM"],
         "model_type": f"mla_{model.family}",
         "dtype": plan.dtype,
-        "rope_parameters": old.rope.as_rope_parameters() if old.rope else None,
+        "rope_parameters": rope_parameters(plan.layers, FAMILIES[model.family]),
         "num_key_value_heads": target.num_attention_heads,
         "head_dim": target.cache_width,
         "mla_form": target.mla_form,
@@ -38,8 +43,12 @@ def converted_config(
         "qk_nope_head_dim": target.qk_nope_head_dim,
         "qk_rope_head_dim": target.qk_rope_head_dim,
         "v_head_dim": target.v_head_dim,
-        "rope_blocks": target.rope.blocks if target.rope else 1,
+        "rope_blocks": max(layer.rope.blocks for layer in plan.layers if layer.rope),
+        "rope_inv_freq": own if plan.goal.has("frequencies") else None,
         "softmax_scale": target.softmax_scale,
+        "qk_norm": target.qk_norm,
+        "source_kv_heads": old.num_key_value_heads,
+        "source_head_dim": old.head_dim,
         "q_bias": target.q_bias,
         "kv_a_bias": target.kv_bias,
         "o_bias": target.o_bias,
@@ -110,15 +119,37 @@ def _cache_row(name: str, nbytes: int, plan: ConversionPlan) -> str:
 def _calibration_lines(plan: ConversionPlan) -> list[str]:
     if plan.calibration is None:
         return ["No data was needed.", ""]
-    measured = plan.measured
-    folds = ", ".join(
-        f"{fold}: {value:.3f}" for fold, value in measured["held_out_perplexity"].items()
-    )
-    kept = [layer["kept"] for layer in measured["layers"]]
+    sentences = [f"{name}: {value}" for name, value in findings(plan)]
     return [
-        f"Calibrated on {measured['calibration_windows']} windows of {plan.calibration.window}"
-        f" tokens of `{plan.calibration.source}`; freqfold {measured['freqfold']}"
-        + (f" (held-out perplexity with partial RoPE, by freqfold: {folds})" if folds else "")
-        + f". The latent keeps {min(kept):.1%} (worst layer) of the balanced key and value energy.",
+        f"Calibrated on {plan.measured['calibration_windows']} windows of"
+        f" {plan.calibration.window} tokens of `{plan.calibration.source}`. In short:",
+        "",
+        *(f"- {sentence}" for sentence in sentences),
         "",
     ]
+
+
+def findings(plan: ConversionPlan) -> list[tuple[str, str]]:
+    """What a compress conversion chose and measured: names and sentences."""
+    measured, found = plan.measured, []
+    if "freqfold" in measured:
+        folds = measured["held_out_perplexity"].items()
+        tried = ", ".join(f"{fold}: {value:.3f}" for fold, value in folds)
+        chosen = f" (held-out perplexity with partial RoPE by fold: {tried})" if tried else ""
+        found.append(("freqfold", f"{measured['freqfold']}{chosen}"))
+    if "rope_theta" in measured:
+        found.append(("rope_theta", f"{measured['rope_theta']:g}, by the held-out output error"))
+    layers = measured.get("layers", [])
+    if layers and "error" in layers[0]:
+        errors = sorted(layer["error"] for layer in layers)
+        found.append(
+            (
+                "output error",
+                f"{errors[-1]:.2%} of the variance in the worst layer,"
+                f" {errors[len(errors) // 2]:.2%} in the median (held-out calibration text)",
+            )
+        )
+    elif layers and "kept" in layers[0]:
+        kept = min(layer["kept"] for layer in layers)
+        found.append(("energy kept", f"{kept:.1%} in the worst layer"))
+    return found

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mlakit.conversion.normed import NormedHeads
 from mlakit.conversion.rotate import Rotation
 from mlakit.spec import AttentionSpec
 
@@ -24,19 +25,28 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """The query, key and value projections of one layer, float64.
+    """The projections of one layer, float64.
 
     Attributes:
         q: ``[H, d, D+1]``; the last column is the bias, zero where the source has none.
         k: ``[G, d, D+1]``.
         v: ``[G, d, D+1]``.
-        norm: ``[D]``, the weight of the RMSNorm in front of them.
+        o: ``[D, H d + 1]``, the output projection and its bias.
+        norm: ``[D]``, the weight of the RMSNorm in front of them: ``|x / norm|^2 <= D``.
+        normed: where queries and keys are normed; ``q`` then acts on each normed head
+            (``[H, d, d+1]``) and ``k`` and ``v`` on ``normed.inputs(x)``, not on x.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    o: torch.Tensor
     norm: torch.Tensor
+    normed: NormedHeads | None = None
+
+    def inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What keys and values are linear in, for inputs ``[..., D]`` of the layer."""
+        return hidden if self.normed is None else self.normed.inputs(hidden)
 
     @property
     def keys(self) -> torch.Tensor:
@@ -61,23 +71,30 @@ def read_weights(
     """Collects a source layer's projections.
 
     Args:
-        tensors: ``q_proj.weight``, ``k_proj.weight``, ``v_proj.weight`` and their biases, if any.
+        tensors: ``q_proj.weight``, ``k_proj.weight``, ``v_proj.weight``, ``o_proj.weight`` and
+            their biases, if any.
         norm: the input norm's weight ``[D]``.
         spec: the source layer.
     """
 
     def projection(name: str, heads: int) -> torch.Tensor:
-        weight = tensors[f"{name}.weight"].double()
-        bias = tensors.get(f"{name}.bias")
-        column = weight.new_zeros(len(weight)) if bias is None else bias.double()
-        return torch.cat([weight, column[:, None]], 1).view(heads, spec.head_dim, -1)
+        return augmented(tensors, name).view(heads, spec.head_dim, -1)
 
     return AttentionWeights(
         q=projection("q_proj", spec.num_attention_heads),
         k=projection("k_proj", spec.num_key_value_heads),
         v=projection("v_proj", spec.num_key_value_heads),
+        o=augmented(tensors, "o_proj"),
         norm=norm.double(),
     )
+
+
+def augmented(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A projection with its bias, or zeros, as the last column, float64."""
+    weight = tensors[f"{name}.weight"].double()
+    bias = tensors.get(f"{name}.bias")
+    column = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    return torch.cat([weight, column[:, None]], 1)
 
 
 def with_bias(name: str, augmented: torch.Tensor, bias: bool) -> Tensors:
@@ -180,15 +197,19 @@ class LowRank:
 
     Attributes:
         down: ``[C, D+1]``, from the layer's input to the latent.
-        key_up: ``[G d - R, C]``, from the latent to the unrotated keys.
+        key_up: ``[G d, C]``, from the latent to the unrotated keys.
         value_up: ``[G d, C]``, from the latent to the values.
-        kept: share of the balanced energy ``E|z|^2`` that the latent carries.
+        kept: share of the weighted energy of both that the latent carries.
+        offset: ``[G d]``, a constant to add to the values; None for none.
+        lost: the weighted energy that it does not carry.
     """
 
     down: torch.Tensor
     key_up: torch.Tensor
     value_up: torch.Tensor
     kept: float
+    offset: torch.Tensor | None = None
+    lost: float = 0.0
 
 
 def joint_low_rank(
@@ -220,7 +241,7 @@ def joint_low_rank(
     energy = energy.flip(0).clamp_min(0)
     return LowRank(
         down=basis.mT @ joint,
-        key_up=basis[:width] * ratio,
+        key_up=rotation.nope.mT @ basis[:width] * ratio,
         value_up=basis[width:],
         kept=float(energy[:rank].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)),
     )
@@ -239,7 +260,7 @@ def compress(
         ``kv_b_proj [H 2d, C]`` (per head key rows, then value rows) and the biases; float64.
     """
     groups, dim = weights.k.shape[:2]
-    key_up = (rotation.nope.mT @ low_rank.key_up).view(groups, dim, -1)
+    key_up = low_rank.key_up.view(groups, dim, -1)
     value_up = low_rank.value_up.view(groups, dim, -1)
     up = torch.cat([key_up, value_up], 1)[weights.group_of_head].flatten(0, 1)
     down = torch.cat([low_rank.down, rotation.rope @ weights.keys])

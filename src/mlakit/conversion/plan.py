@@ -186,7 +186,7 @@ def make_plan(
     text = None
     if not goal.equal_cache:
         text = _calibration(model, calibration, calibration_tokens, seed)
-    tensors = _tensors(checkpoint, model, layers, dtype)
+    tensors = _tensors(checkpoint, model, layers, goal, dtype)
     source = model.layers[0]
     itemsize = _itemsize(checkpoint, model, None)
     plan = ConversionPlan(
@@ -245,7 +245,8 @@ def _calibration(
 
 def _attention_dtype(checkpoint: Checkpoint, model: ModelSpec) -> str:
     """The dtype that the source's attention is stored in, as transformers names it."""
-    name = FAMILIES[model.family].attention_prefix(0) + "k_proj.weight"
+    family = FAMILIES[model.family]
+    name = family.attention_prefix(0) + next(iter(family.layout.stored_shapes(model.layers[0])))
     stored = checkpoint.dtype(name)
     for dtype, (spelling, _) in DTYPES.items():
         if spelling == stored:
@@ -264,6 +265,7 @@ def _tensors(
     checkpoint: Checkpoint,
     model: ModelSpec,
     layers: tuple[AttentionSpec, ...],
+    goal: Goal,
     dtype: str | None,
 ) -> tuple[PlannedTensor, ...]:
     """Every tensor of the result; a layer's in its shard, the rest and the norms in the last."""
@@ -286,8 +288,9 @@ def _tensors(
     taken: set[str] = set()
     for index, layer in enumerate(layers):
         attention = family.attention_prefix(index)
-        source = model.layers[index].tensor_shapes()
-        kept = kept_tensors(layer) & set(source)
+        source = family.layout.stored_shapes(model.layers[index])
+        unchanged = family.layout.unchanged(model.layers[index])
+        kept = kept_tensors(layer, goal) & unchanged
         for name, shape in layer.tensor_shapes().items():
             shard = last if name == "kv_a_layernorm.weight" else index + 1
             if name in kept:
@@ -305,9 +308,12 @@ def _tensors(
     return tuple(planned.values())
 
 
-def kept_tensors(layer: AttentionSpec) -> frozenset[str]:
+def kept_tensors(layer: AttentionSpec, goal: Goal) -> frozenset[str]:
     """The source's attention tensors that a target layer keeps as they are."""
-    kept = {"o_proj.weight", "o_proj.bias"}
-    if layer.mla_form != "compress":
+    kept = {"o_proj.weight"} if goal.has("means") else {"o_proj.weight", "o_proj.bias"}
+    if layer.mla_form != "compress" or layer.qk_norm:
         kept |= {"q_proj.weight", "q_proj.bias"}
+    if layer.qk_norm:
+        kept |= {"k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"}
+        kept |= {"q_norm.weight", "k_norm.weight"}
     return frozenset(kept)

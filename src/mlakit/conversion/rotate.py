@@ -93,3 +93,86 @@ def _as_real(rows: torch.Tensor, groups: int) -> torch.Tensor:
     nothing = torch.zeros_like(per_head)
     real, imaginary = torch.cat([per_head, nothing], 2), torch.cat([nothing, per_head], 2)
     return torch.cat([real, imaginary]).flatten(1)
+
+
+@dataclass(frozen=True)
+class KeptRope:
+    """The complex key components that keep a rotation, and how queries of each head read them.
+
+    Component m is ``sum_g mix[m, g] kappa[g, source[m]]``; the keys it stands for are
+    ``spread[m, g]`` times it.
+
+    Attributes:
+        source: ``[R/2]``, index of the source frequency that component m is made of.
+        mix: ``[R/2, G]`` complex128.
+        spread: ``[R/2, G]`` complex128.
+        frequencies: ``[R/2]`` float64, what each component turns with.
+    """
+
+    source: torch.Tensor
+    mix: torch.Tensor
+    spread: torch.Tensor
+    frequencies: torch.Tensor
+
+    def remainder(self, half: int) -> torch.Tensor:
+        """``[d/2, G, G]``: per frequency, what of the keys the kept components do not carry."""
+        groups = self.mix.shape[1]
+        rest = torch.eye(groups, dtype=self.mix.dtype, device=self.mix.device).repeat(half, 1, 1)
+        carried = self.spread[:, :, None] * self.mix[:, None]
+        return rest.index_add(0, self.source, -carried)
+
+
+def keep_rope(
+    moment: torch.Tensor,
+    damage: torch.Tensor,
+    frequencies: torch.Tensor,
+    count: int,
+    *,
+    slots: torch.Tensor | None = None,
+    avoided: torch.Tensor | None = None,
+    unitary: bool = True,
+) -> KeptRope:
+    """Chooses the key components that keep a rotation, and the frequency each turns with.
+
+    RoPE multiplies ``kappa[g, j]`` by a phase that depends on j alone, so any invertible complex
+    mixing of the G heads of one frequency commutes with it; TransMLA's (real, the same for both
+    parts) is a special case. Principal axes of ``E[kappa kappa^H]``, each head weighted by what
+    losing its rotation would do, put the most into the fewest components.
+
+    Args:
+        moment: ``E[kappa kappa^H]`` per frequency, ``[d/2, G, G]`` complex128.
+        damage: ``[d/2, G]``: error per unit of ``|kappa|^2`` where the rotation is dropped.
+        frequencies: ``[d/2]``, the source's.
+        count: R/2.
+        slots: ``[R/2]``, frequencies to give away once each; each component's own if None.
+        avoided: ``[d/2, R/2]``, share of the damage that turning with a slot avoids.
+        unitary: False for real mixing, as published.
+    """
+    groups = damage.shape[1]
+    highest = float(damage.max())
+    scale = damage.clamp_min(1e-8 * highest).sqrt() if highest > 0 else torch.ones_like(damage)
+    weighted = scale[:, :, None] * moment * scale[:, None]
+    if not unitary:
+        weighted = weighted.real.to(moment)
+    energy, axes = torch.linalg.eigh(weighted)
+    energy, axes = energy.flatten(), axes.mT.flatten(0, 1)  # [d/2 G], [d/2 G, G]
+    if slots is None or avoided is None:
+        chosen = energy.argsort(descending=True, stable=True)[:count].sort().values
+        turns = frequencies[chosen // groups]
+    else:
+        chosen = _assign(energy[:, None] * avoided.repeat_interleave(groups, 0))
+        turns = slots
+    source = chosen // groups
+    return KeptRope(
+        source, axes[chosen].conj() * scale[source], axes[chosen] / scale[source], turns
+    )
+
+
+def _assign(score: torch.Tensor) -> torch.Tensor:
+    """For each column a row of its own, greedily by the highest score."""
+    score, chosen = score.clone(), torch.zeros(score.shape[1], dtype=torch.long)
+    for _ in range(len(chosen)):
+        row, column = divmod(int(score.argmax()), len(chosen))
+        chosen[column] = row
+        score[row], score[:, column] = -torch.inf, -torch.inf
+    return chosen.to(score.device)

@@ -18,6 +18,7 @@ from mlakit.checkpoint import (
     write_json_atomic,
     write_text_atomic,
 )
+from mlakit.conversion.adapt import stored_tensors
 from mlakit.conversion.calibrate import choose_windows, layer_weights
 from mlakit.conversion.card import converted_config, model_card
 from mlakit.conversion.factor import (
@@ -27,6 +28,7 @@ from mlakit.conversion.factor import (
     identity_norm_exponent,
     latent_bound,
 )
+from mlakit.conversion.fit import Fit
 from mlakit.conversion.plan import WORK_NAME, ConversionPlan, Progress
 from mlakit.conversion.stream import LayerReader
 from mlakit.conversion.transmla import LayerResult, TransMLA
@@ -34,6 +36,7 @@ from mlakit.errors import MlakitError, UsageError
 from mlakit.families import FAMILIES, read_model
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+METHODS: dict[str, type[Fit] | type[TransMLA]] = {"mlakit": Fit, "transmla": TransMLA}
 HIGHEST_EXPONENT = {"float16": 15}
 """float16 holds no power of two above 2^15; elsewhere any exponent fits."""
 
@@ -110,14 +113,12 @@ class Run:
             for index, tensors, facts in self._equal_cache():
                 self._write_layer(index, tensors, facts)
             return {}
-        method = TransMLA(self.reader, self.plan, self.windows, self.work, self.progress)
+        method = METHODS[self.plan.method](
+            self.reader, self.plan, self.windows, self.work, self.progress
+        )
         for index, tensors, facts in method.layers(self._is_done):
             self._write_layer(index, tensors, facts)
-        return {
-            "calibration_windows": len(self.windows),
-            "freqfold": method.freqfold,
-            "held_out_perplexity": {str(k): v for k, v in method.perplexity.items()},
-        }
+        return {"calibration_windows": len(self.windows), **method.measured}
 
     def _finish(self, measured: dict[str, Any]) -> ConversionPlan:
         """The tensors outside the layers, then config, card and index; then the work is gone."""
@@ -126,6 +127,7 @@ class Run:
         exponent = max(fact.pop("norm_exponent") for fact in facts)
         exponent = min(exponent, HIGHEST_EXPONENT.get(self.plan.dtype, exponent))
         plan = replace(self.plan, measured={**measured, "layers": facts})
+        plan = _with_theta(plan, measured.get("rope_theta"))
         self.progress("write", 0, 1)
         if not self.shards.exists(plan.shards):
             self.shards.write(plan.shards, self._rest(exponent))
@@ -154,17 +156,19 @@ class Run:
     def _is_done(self, index: int) -> bool:
         return self._facts(index).exists() and self.shards.exists(index + 1)
 
-    def _write_layer(self, index: int, tensors: Tensors, facts: dict[str, float]) -> None:
+    def _write_layer(self, index: int, tensors: Tensors, facts: dict[str, Any]) -> None:
         """One shard: the new attention tensors, and the layer's other tensors as they are."""
         down = tensors["kv_a_proj_with_mqa.weight"]
         bias = tensors.get("kv_a_proj_with_mqa.bias", down.new_zeros(len(down)))
         latent = torch.cat([down, bias[:, None]], 1)[: self.plan.target.kv_lora_rank]
-        norm = self.checkpoint.read(self.family.layer(index) + "input_layernorm.weight")
-        bound = latent_bound(latent, norm.to(latent))
+        weights = layer_weights(self.reader, index)
+        bound = latent_bound(latent, weights.norm)
         write_json_atomic(
             self._facts(index), {**facts, "norm_exponent": identity_norm_exponent(bound)}
         )
-        prefix = self.family.attention_prefix(index)
+        prefix, spec = self.family.attention_prefix(index), self.model.layers[index]
+        source = self.reader.attention(index)
+        tensors = stored_tensors(tensors, source, spec, self.plan.layers[index])
         new = {prefix + name: tensor for name, tensor in tensors.items()}
         self.shards.write(index + 1, self._shard(index + 1, new))
 
@@ -197,6 +201,19 @@ class Run:
 
     def _facts(self, index: int) -> Path:
         return self.work / f"layer-{index:05d}.json"
+
+
+def _with_theta(plan: ConversionPlan, theta: float | None) -> ConversionPlan:
+    """The plan with the base of the rotary frequencies that was chosen, if one was."""
+    layers = (
+        plan.layers
+        if theta is None
+        else tuple(
+            replace(layer, rope=replace(layer.rope, theta=theta)) if layer.rope else layer
+            for layer in plan.layers
+        )
+    )
+    return replace(plan, layers=layers)
 
 
 def _device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from torch import nn
 from mlakit.checkpoint import Checkpoint
 from mlakit.checkpoint.writing import atomic_file
 from mlakit.errors import UnsupportedModelError
-from mlakit.families import FAMILIES
+from mlakit.families import FAMILIES, Family
 from mlakit.spec import ModelSpec
 
 
@@ -57,6 +57,43 @@ class Activations:
         self.path.unlink(missing_ok=True)
 
 
+class Stream:
+    """One pass of calibration windows through a chain of layers, resumable at every layer.
+
+    The inputs of one layer are on disk, those of the next are written while it runs.
+
+    Args:
+        folder: where the inputs are kept.
+        name: of this pass.
+        windows: token ids ``[windows, T]``.
+        reader: gives embeddings and layers.
+        size: windows that go through a layer together.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, windows: torch.Tensor, reader: LayerReader, size: int
+    ) -> None:
+        self.folder, self.name = folder, name
+        self.windows, self.reader, self.size = windows, reader, size
+
+    def start(self, wanted: int) -> int:
+        """The layer to start at: ``wanted`` if its inputs are stored, else 0, embedded anew."""
+        if wanted == self.reader.spec.num_hidden_layers or self.inputs(wanted).exists():
+            return wanted
+        self.inputs(0).write(self.reader.embed(self.windows, self.size))
+        return 0
+
+    def run(self, index: int, model: Any) -> None:
+        """Runs a one-layer model on the inputs of a layer and stores the next layer's."""
+        batches = self.inputs(index).batches(self.size)
+        self.inputs(index + 1).write(run_layer(model, batches, self.reader.device))
+
+    def inputs(self, index: int) -> Activations:
+        """The file of a layer's inputs."""
+        shape = (*self.windows.shape, self.reader.spec.hidden_size)
+        return Activations(self.folder / f"{self.name}-{index:05d}.f32", shape)
+
+
 class LayerReader:
     """Builds the family's own model around any one decoder layer of a checkpoint.
 
@@ -96,6 +133,16 @@ class LayerReader:
             if name.startswith(prefix) and "rotary_emb" not in name
         }
 
+    def attention(self, index: int) -> dict[str, torch.Tensor]:
+        """The attention tensors of the standard layer (``families.layouts``), on the device."""
+        prefix = self.family.attention_prefix(index)
+        tensors = {
+            name.removeprefix(prefix): self.checkpoint.read(name).to(self.device)
+            for name in self.checkpoint.names
+            if name.startswith(prefix) and "rotary_emb" not in name
+        }
+        return self.family.layout.standard(tensors, self.spec.layers[index])
+
     def layer(self, index: int) -> Any:
         """A model of this one layer, float32; call it with ``inputs_embeds``.
 
@@ -103,9 +150,21 @@ class LayerReader:
         """
         model = self._skeleton(index)
         tensors = {name: tensor.float() for name, tensor in self.tensors(index).items()}
+        tensors = module_tensors(tensors, self.family)
         model.layers[0].load_state_dict(tensors, assign=True)
         model.norm = nn.Identity()
         return model.to(self.device)
+
+    def frequencies(self, index: int) -> tuple[torch.Tensor, float]:
+        """A layer's rotary frequencies ``[d/2]``, float64, and the factor on its cos and sin."""
+        spec, rotary = self.spec.layers[index], self._skeleton(index).rotary_emb
+        found: torch.Tensor = next(
+            value for name, value in rotary.named_buffers() if name.endswith("inv_freq")
+        )
+        if spec.rope is None:
+            found = torch.zeros_like(found)
+        padded = nn.functional.pad(found.double(), (0, spec.head_dim // 2 - len(found)))
+        return padded.to(self.device), float(getattr(rotary, "attention_scaling", 1.0))
 
     def head(self) -> tuple[nn.Module, torch.Tensor]:
         """The final norm and the output matrix ``[vocabulary, D]``, float32."""
@@ -119,8 +178,9 @@ class LayerReader:
     def embed(self, windows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
         """Embeddings ``[b, T, D]`` of windows ``[windows, T]`` of token ids, in batches."""
         table = self.checkpoint.read(self.family.embedding)
+        scale = self.family.embedding_scale(self.spec.config)
         for batch in windows.split(size):
-            yield table[batch].float()
+            yield table[batch].float() * scale
 
     def _skeleton(self, index: int) -> Any:
         """The family's model with this one layer and no weights."""
@@ -129,15 +189,47 @@ class LayerReader:
         config = copy.deepcopy(self._config)
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[index]]
+        filled = {**self.family.defaults, **self.spec.config}
+        for key, value in self.family.single(filled, index).items():
+            setattr(config, key, value)
         config.num_hidden_layers = 1
         config.vocab_size, config.pad_token_id = 1, None  # the embedding is never used
+        kind = "eager" if self.spec.layers[index].logit_softcap else "sdpa"
         with torch.device("meta"):
             model = AutoModel.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+                config, dtype=torch.float32, attn_implementation=kind, trust_remote_code=False
             )
         model.embed_tokens = nn.Identity()
         model.rotary_emb = type(model.rotary_emb)(config=config)
         return model.eval()
+
+
+@torch.no_grad()
+def run_layer(
+    model: Any, batches: Iterable[torch.Tensor], device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Hidden states ``[b, T, D]`` after a one-layer model, batch by batch, on the CPU."""
+    for batch in batches:
+        hidden = batch.to(device)
+        yield model(inputs_embeds=hidden, use_cache=False).last_hidden_state.cpu()
+
+
+def module_tensors(tensors: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
+    """A stored layer's tensors as transformers' module names them: experts in two tensors."""
+    block, found = f"{family.expert_block}.experts.", dict(tensors)
+    numbers = {name.split(".")[2] for name in found if name.startswith(block)}
+    if "0" in numbers:
+        gate, up, down = (
+            torch.stack([found.pop(f"{block}{i}.{name}.weight") for i in range(len(numbers))])
+            for name in family.expert_projections
+        )
+        found["mlp.experts.gate_up_proj"] = torch.cat([gate, up], 1)
+        found["mlp.experts.down_proj"] = down
+    renamed = f"{family.expert_block}."
+    return {
+        f"mlp.{name.removeprefix(renamed)}" if name.startswith(renamed) else name: tensor
+        for name, tensor in found.items()
+    }
 
 
 @contextmanager

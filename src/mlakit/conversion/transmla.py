@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from mlakit.checkpoint import write_json_atomic
 from mlakit.checkpoint.writing import atomic_file
+from mlakit.conversion.adapt import partial_rorope
 from mlakit.conversion.budget import freqfold_candidates
 from mlakit.conversion.calibrate import (
     Moment,
@@ -26,16 +27,15 @@ from mlakit.conversion.calibrate import (
     layer_weights,
     partial_rope_layer,
     partial_rope_perplexity,
-    run_layer,
     split_held_out,
 )
 from mlakit.conversion.factor import Tensors, compress, joint_low_rank
 from mlakit.conversion.plan import ConversionPlan, Progress
-from mlakit.conversion.rotate import Rotation, rorope
-from mlakit.conversion.stream import Activations, LayerReader
+from mlakit.conversion.rotate import Rotation
+from mlakit.conversion.stream import LayerReader, Stream
 from mlakit.errors import MlakitError
 
-LayerResult = tuple[int, Tensors, dict[str, float]]
+LayerResult = tuple[int, Tensors, dict[str, Any]]
 """Layer index, its new attention tensors in float64, and what was measured on it."""
 
 
@@ -66,7 +66,9 @@ class TransMLA:
         self.windows, self.held_out = windows, windows[:0]
         if plan.goal.freqfold == "auto":
             self.windows, self.held_out = split_held_out(windows)
-        self.size = batch_size(windows.shape[1])
+        size = batch_size(windows.shape[1])
+        self.source = Stream(work, "source", self.windows, reader, size)
+        self.partial = Stream(work, "partial", self.windows, reader, size)
 
     def layers(self, done: Callable[[int], bool]) -> Iterator[LayerResult]:
         """Converts every layer that is not done yet, in order.
@@ -74,19 +76,22 @@ class TransMLA:
         The caller must have stored a layer for good before it asks for the next one.
         """
         self._collect_key_moments()
-        self.freqfold, self.perplexity = self._choose_freqfold()
+        self.freqfold, tried = self._choose_freqfold()
+        self.measured = {
+            "freqfold": self.freqfold,
+            "held_out_perplexity": {str(fold): value for fold, value in tried.items()},
+        }
         start = next((index for index in range(self.count) if not done(index)), self.count)
-        start = self._first_inputs("partial", start)
-        for index in range(start, self.count):
+        for index in range(self.partial.start(start), self.count):
             self.progress("compress", index, self.count)
             weights, rotation = layer_weights(self.reader, index), self._rotation(index)
             model = partial_rope_layer(self.reader, index, weights, rotation)
-            moment = self._pass_through("partial", index, model)
+            moment = self._pass_through(self.partial, index, model)
             rank = self.plan.target.kv_lora_rank or 0
             low_rank = joint_low_rank(weights, rotation, moment, rank)
             spec = self.reader.spec.layers[index]
             yield index, compress(weights, spec, rotation, low_rank), {"kept": low_rank.kept}
-            self._inputs("partial", index).remove()
+            self.partial.inputs(index).remove()
         self.progress("compress", self.count, self.count)
 
     def _collect_key_moments(self) -> None:
@@ -95,14 +100,14 @@ class TransMLA:
         missing = next((i for i, path in enumerate(paths) if not path.exists()), self.count)
         if missing == self.count:
             return
-        for index in range(self._first_inputs("source", missing), self.count):
+        for index in range(self.source.start(missing), self.count):
             self.progress("calibrate", index, self.count)
-            moment = self._pass_through("source", index, self.reader.layer(index))
+            moment = self._pass_through(self.source, index, self.reader.layer(index))
             keys = layer_weights(self.reader, index).keys
             tensor = (keys @ moment @ keys.mT).cpu()
             _save(self._key_moment(index), tensor)
-            self._inputs("source", index).remove()
-        self._inputs("source", self.count).remove()
+            self.source.inputs(index).remove()
+        self.source.inputs(self.count).remove()
         self.progress("calibrate", self.count, self.count)
 
     def _choose_freqfold(self) -> tuple[int, dict[int, float]]:
@@ -114,7 +119,7 @@ class TransMLA:
         if self.plan.goal.freqfold != "auto":
             return int(self.plan.goal.freqfold), {}
         source, rope_dim = self.plan.source_layer, self.plan.target.qk_rope_head_dim or 0
-        folds = freqfold_candidates(source.head_dim, rope_dim)
+        folds = freqfold_candidates(source.rotary_dim, rope_dim)
         record = self.work / "freqfold.json"
         tried = {}
         if record.exists():
@@ -138,34 +143,21 @@ class TransMLA:
 
     def _rotation(self, index: int, fold: int | None = None) -> Rotation:
         moment = load_file(self._key_moment(index))["moment"].to(self.reader.device)
-        groups = self.plan.source_layer.num_key_value_heads
         rope_dim = self.plan.target.qk_rope_head_dim or 0
-        return rorope(moment, groups, rope_dim, fold or self.freqfold)
+        spec = self.reader.spec.layers[index]
+        return partial_rorope(moment, spec, rope_dim, fold or self.freqfold)
 
-    def _pass_through(self, stream: str, index: int, model: Any) -> torch.Tensor:
+    def _pass_through(self, stream: Stream, index: int, model: Any) -> torch.Tensor:
         """Runs a layer on its stored inputs, stores the next layer's; gives ``E[x x^T]``."""
-        moment = Moment()
+        moment = Moment(layer_weights(self.reader, index))
         moment.watch(model.layers[0].self_attn)
-        batches = self._inputs(stream, index).batches(self.size)
-        outputs = run_layer(model, batches, self.reader.device)
-        self._inputs(stream, index + 1).write(outputs)
+        stream.run(index, model)
         if not bool(moment.value.isfinite().all()):
             raise MlakitError(
                 f"The activations of layer {index} are not finite numbers",
                 remedy="check that the source itself works: mlakit generate",
             )
         return moment.value
-
-    def _first_inputs(self, stream: str, wanted: int) -> int:
-        """The layer to start at: ``wanted`` if its inputs are stored, else 0, embedded anew."""
-        if wanted == self.count or self._inputs(stream, wanted).exists():
-            return wanted
-        self._inputs(stream, 0).write(self.reader.embed(self.windows, self.size))
-        return 0
-
-    def _inputs(self, stream: str, index: int) -> Activations:
-        shape = (*self.windows.shape, self.plan.source_layer.hidden_size)
-        return Activations(self.work / f"{stream}-{index:05d}.f32", shape)
 
     def _key_moment(self, index: int) -> Path:
         return self.work / f"keys-{index:05d}.safetensors"

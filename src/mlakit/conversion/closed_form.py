@@ -1,0 +1,262 @@
+"""The best latent layer that algebra alone gives, in the metric of the layer's own output.
+
+Notation: query head i reads key head g(i); ``kappa[g, j] = k[g, j] + i k[g, j + d/2]`` are complex
+keys, and RoPE gives a score the phase ``e^{-i theta_j (m - n)}``. A layer loses in two places:
+
+* components whose rotation is dropped (``rotate.keep_rope`` chooses them). Their phase becomes a
+  constant; the best one is its mean ``rho`` under the head's attention, shrunk towards 1 by what
+  held-out text says (``phase_factor``).
+* the joint low rank of unrotated keys and values. Errors dk, dv of a token, independent from
+  token to token, change the block's output by ``E|dy|^2 = E[dk^T B_K dk + dv^T B_V dv]`` to first
+  order; ``B^1/2 cov(k, v) B^1/2`` is cut at rank C (``output_low_rank``).
+
+Constants are free: a constant added to all keys changes no softmax, and since attention sums to
+one the mean of the values is a constant of the output, which goes to the bias of ``o_proj``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mlakit.conversion.factor import (
+    AttentionWeights,
+    LowRank,
+    Tensors,
+    balance_ratio,
+    with_bias,
+)
+from mlakit.conversion.observe import Statistics
+from mlakit.conversion.rotate import KeptRope, hermitian_moment, keep_rope
+from mlakit.spec import AttentionSpec
+
+FLOOR = 1e-9
+"""Directions that matter less than this share of the most important one count as that much."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How a layer keeps its positions.
+
+    Attributes:
+        kept: the key components that turn.
+        gain: ``[H, R/2]`` complex: what each head's queries of kept components are multiplied
+            with where these turn with another frequency than their own.
+        dropped: ``[H, d/2]`` complex: the same in place of a dropped rotation.
+    """
+
+    kept: KeptRope
+    gain: torch.Tensor
+    dropped: torch.Tensor
+
+
+def phase_factor(mean: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """The constant in place of a phase of this mean: 1 at shrinkage 0, the mean itself at 1."""
+    return 1 + shrinkage * (mean - 1)
+
+
+def phase_error(mean: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """``E|phase - constant|^2`` of phases of absolute value one with this mean."""
+    return 1 - 2 * (constant.conj() * mean).real + constant.abs().square()
+
+
+def choose_rope(
+    weights: AttentionWeights,
+    statistics: Statistics,
+    frequencies: torch.Tensor,
+    factor: float,
+    rope_dim: int,
+    *,
+    schedule: torch.Tensor | None,
+    shrinkage: float,
+    unitary: bool,
+    sensitive: bool,
+) -> Rope:
+    """Which components turn, with what, and what the queries are multiplied with.
+
+    Args:
+        weights: the source layer.
+        statistics: of its attention.
+        frequencies: the source's, ``[d/2]``; zero where a pair does not turn.
+        factor: what its rotary embedding multiplies cos and sin with.
+        rope_dim: R.
+        schedule: ``[R/2]`` frequencies of a fixed layout; None for each component's own.
+        shrinkage: 0 ignores mean phases, 1 takes them as measured.
+        unitary: complex mixing of heads.
+        sensitive: weigh queries by what their scores do to the output.
+    """
+    groups = len(weights.k)
+    mean = statistics.phase(frequencies)
+    constant = phase_factor(mean, shrinkage)
+    query = statistics.sensitive if sensitive else statistics.queries
+    energy = query.diagonal(0, 1, 2).unflatten(1, (2, -1)).sum(1)  # [H, d/2]
+    lost = energy * phase_error(mean, constant)
+    avoided = None
+    if schedule is not None:
+        other = statistics.phase(frequencies[:, None] - schedule)  # [H, d/2, R/2]
+        left = energy[..., None] * phase_error(other, phase_factor(other, shrinkage))
+        avoided = 1 - left.sum(0) / lost.sum(0).clamp_min(1e-30)[:, None]
+    keys = weights.keys
+    moment = hermitian_moment(keys @ statistics.inputs @ keys.mT, groups)
+    half = len(frequencies)
+    moment = moment.unflatten(0, (half, groups)).unflatten(2, (half, groups))
+    kept = keep_rope(
+        moment.diagonal(0, 0, 2).permute(2, 0, 1),
+        lost.unflatten(0, (groups, -1)).sum(1).mT,
+        frequencies,
+        rope_dim // 2,
+        slots=schedule,
+        avoided=avoided,
+        unitary=unitary,
+    )
+    gain = phase_factor(statistics.phase(frequencies[kept.source] - kept.frequencies), shrinkage)
+    return Rope(kept, gain, factor**2 * constant)
+
+
+def unrotated_keys(weights: AttentionWeights, kept: KeptRope) -> torch.Tensor:
+    """What of the keys no kept component carries, ``[G d, D+1]``."""
+    half = weights.k.shape[1] // 2
+    kappa = torch.complex(weights.k[:, :half], weights.k[:, half:])  # [G, d/2, D+1]
+    rest = torch.einsum("jgk,kjx->gjx", kept.remainder(half), kappa)
+    return torch.cat([rest.real, rest.imag], 1).flatten(0, 1)
+
+
+def key_metric(statistics: Statistics, spec: AttentionSpec, dropped: torch.Tensor) -> torch.Tensor:
+    """``B_K [G, d, d]``: what errors of the unrotated keys of each group do to the output."""
+    turn = real_form(torch.diag_embed(dropped))  # [H, d, d]
+    heads = spec.softmax_scale**2 * turn @ statistics.sensitive @ turn.mT
+    return heads.unflatten(0, (spec.num_key_value_heads, -1)).sum(1)
+
+
+def value_metric(
+    statistics: Statistics, spec: AttentionSpec, weights: AttentionWeights
+) -> torch.Tensor:
+    """``B_V [G d, G d]``: what errors of the values do to the output."""
+    output = weights.o[:, :-1].unflatten(1, (len(weights.q), -1))  # [D, H, d]
+    groups = (spec.num_key_value_heads, -1)
+    pairs = torch.einsum("xhu,hi,xiv->huiv", output, statistics.overlap, output)
+    pairs = pairs.unflatten(2, groups).sum(3).unflatten(0, groups).sum(1)  # [G, d, G, d]
+    return pairs.flatten(2).flatten(0, 1)
+
+
+def output_low_rank(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    moment: torch.Tensor,
+    metric: tuple[torch.Tensor, torch.Tensor],
+    rank: int,
+    *,
+    centred: bool,
+    bias: bool,
+) -> LowRank:
+    """The joint rank that harms the output least: PCA of ``[keys; values]`` in a metric.
+
+    Args:
+        keys: unrotated keys, ``[G d, D+1]``.
+        values: ``[G d, D+1]``.
+        moment: ``E[x x^T]`` with a one appended, ``[D+1, D+1]``.
+        metric: ``B_K [G, d, d]`` and ``B_V [G d, G d]``.
+        rank: C.
+        centred: means are no part of the latent; that of the values becomes ``offset``.
+        bias: the latent may have a bias, and is then centred itself.
+    """
+    joint = torch.cat([keys, values])
+    mean = joint @ moment[:, -1] if centred else joint.new_zeros(len(joint))
+    roots, inverses = _roots(*metric)
+    covariance = joint @ moment @ joint.mT - torch.outer(mean, mean)
+    energy, basis = torch.linalg.eigh(roots @ covariance @ roots)
+    energy, basis = energy.flip(0).clamp_min(0), basis.flip(1)[:, :rank]
+    down, up = basis.mT @ roots @ joint, inverses @ basis
+    if bias:
+        down[:, -1] -= basis.mT @ roots @ mean
+    key_up, value_up = up[: len(keys)], up[len(keys) :]
+    offset = mean[len(keys) :] - value_up @ (down @ moment[:, -1]) if centred else None
+    kept = float(energy[:rank].sum() / energy.sum().clamp_min(1e-300))
+    return LowRank(down, key_up, value_up, kept, offset, float(energy[rank:].sum()))
+
+
+def balance_metric(
+    keys: torch.Tensor, values: torch.Tensor, moment: torch.Tensor, rope_dim: int, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """TransMLA's balance in the shape of a metric: keys and values of equal mean length."""
+
+    def squares(rows: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ij,jk,ik->i", rows, moment, rows)
+
+    width = len(keys)
+    ratio = balance_ratio(squares(keys), squares(values), 0) * width / max(width - rope_dim, 1)
+    unit = torch.eye(width, dtype=keys.dtype, device=keys.device)
+    small = unit[: width // groups, : width // groups]
+    return small.expand(groups, -1, -1) / ratio**2, unit
+
+
+def whole(keys: torch.Tensor, values: torch.Tensor) -> LowRank:
+    """No low rank at all: the latent is ``[keys; values]``."""
+    up = torch.eye(2 * len(keys), dtype=keys.dtype, device=keys.device)
+    return LowRank(torch.cat([keys, values]), up[: len(keys)], up[len(keys) :], 1.0)
+
+
+def latent_tensors(
+    weights: AttentionWeights, spec: AttentionSpec, rope: Rope, low_rank: LowRank
+) -> Tensors:
+    """DeepSeek-shaped tensors of a layer, float64.
+
+    The nope rows of each query are the source's own: what a dropped rotation is replaced by is
+    multiplied into the head's up-projection.
+
+    Returns:
+        ``q_proj [H (d + R), D]``, ``kv_a_proj_with_mqa [C + R, D]``, ``kv_b_proj [H 2d, C]``,
+        biases as the source has them, and ``o_proj.bias`` where values have an offset.
+    """
+    groups, dim = weights.k.shape[:2]
+    group = weights.group_of_head
+    key_up = low_rank.key_up.unflatten(0, (groups, dim))[group]  # [H, d, C]
+    key_up = real_form(torch.diag_embed(rope.dropped)).mT @ key_up
+    value_up = low_rank.value_up.unflatten(0, (groups, dim))[group]
+    down = torch.cat([low_rank.down, _rope_keys(weights, rope.kept)])
+    query = torch.cat([weights.q, rope_queries(rope, group, dim) @ weights.q], 1)
+    tensors = {
+        **with_bias("q_proj", query.flatten(0, 1), spec.q_bias),
+        **with_bias("kv_a_proj_with_mqa", down, spec.kv_bias),
+        "kv_b_proj.weight": torch.cat([key_up, value_up], 1).flatten(0, 1),
+    }
+    if low_rank.offset is not None:
+        heads = low_rank.offset.unflatten(0, (groups, dim))[group].flatten()
+        tensors["o_proj.bias"] = weights.o[:, -1] + weights.o[:, :-1] @ heads
+    return tensors
+
+
+def rope_queries(rope: Rope, group: torch.Tensor, dim: int) -> torch.Tensor:
+    """Per head the map from its query to the R rotary dimensions, ``[H, R, d]``."""
+    kept = rope.kept
+    read = kept.spread[:, group].mT.conj() * rope.gain  # [H, R/2]
+    at = torch.nn.functional.one_hot(kept.source, dim // 2).to(read)
+    return real_form(read[..., None] * at)
+
+
+def _rope_keys(weights: AttentionWeights, kept: KeptRope) -> torch.Tensor:
+    """The kept components of the keys, ``[R, D+1]``."""
+    half = weights.k.shape[1] // 2
+    kappa = torch.complex(weights.k[:, :half], weights.k[:, half:])
+    turning = torch.einsum("mg,gmx->mx", kept.mix, kappa[:, kept.source])
+    return torch.cat([turning.real, turning.imag])
+
+
+def real_form(matrix: torch.Tensor) -> torch.Tensor:
+    """Complex matrices ``[..., m, n]`` as they act on real parts above imaginary ones."""
+    first = torch.cat([matrix.real, -matrix.imag], -1)
+    return torch.cat([first, torch.cat([matrix.imag, matrix.real], -1)], -2)
+
+
+def _roots(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square root of a block-diagonal metric, and its inverse, ``[2 G d, 2 G d]``."""
+    parts = [torch.linalg.eigh((block + block.mT) / 2) for block in (keys, values)]
+    floor = FLOOR * max(float(size.max()) for size, _ in parts)
+    sizes = [(size.clamp_min(max(floor, 1e-300)).sqrt(), axes) for size, axes in parts]
+
+    def assemble(power: int) -> torch.Tensor:
+        blocks = [(axes * size[..., None, :] ** power) @ axes.mT for size, axes in sizes]
+        return torch.block_diag(*blocks[0], blocks[1])
+
+    return assemble(1), assemble(-1)

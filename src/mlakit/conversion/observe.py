@@ -1,0 +1,195 @@
+"""What the attention of one layer does on calibration text, as sums that do not grow with it.
+
+The error of a compressed layer is judged by what it does to the layer's output, so the statistics
+say how much attention each error meets: which distances it looks over, which keys it falls on,
+and how strongly the output answers to a change of a score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlakit.conversion.factor import AttentionWeights
+from mlakit.errors import MlakitError
+from mlakit.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Means over calibration tokens, float64. E is the mean over queries m or keys n.
+
+    With a = attention of query m on key n of head i, o = the head's output, W_O = its block of the
+    output projection:
+
+    Attributes:
+        inputs: ``E[x x^T]`` of the layer's inputs with a one appended, ``[D+1, D+1]``.
+        attended: the same with every token weighted by the attention it gets, ``sum_im a^2``
+            (mean weight 1): errors of keys that nobody reads do not matter.
+        queries: ``E[q q^T]`` per head, ``[H, d, d]``.
+        sensitive: ``E[w q q^T]`` with ``w = sum_n a^2 |W_O (v_n - o)|^2``: what a small error of
+            the keys, independent from token to token, does to the output; ``[H, d, d]``.
+        overlap: ``E[sum_n a_i a_i']``, ``[H, H]``: how errors of values add up over heads.
+        distances: share of attention at each distance, ``[H, T]``.
+        output: ``E|y - E y|^2`` of the block's output.
+    """
+
+    inputs: torch.Tensor
+    attended: torch.Tensor
+    queries: torch.Tensor
+    sensitive: torch.Tensor
+    overlap: torch.Tensor
+    distances: torch.Tensor
+    output: float
+
+    def phase(self, turns: torch.Tensor) -> torch.Tensor:
+        """``E[e^{i turn (m - n)}]`` under each head's attention, ``[H, *turns.shape]``."""
+        distance = torch.arange(self.distances.shape[1], device=turns.device)
+        waves = torch.exp(1j * distance[:, None] * turns.flatten())
+        return (self.distances.to(waves) @ waves).unflatten(1, turns.shape)
+
+
+class Observer:
+    """Sees the attention module of a layer at work and sums up.
+
+    Args:
+        weights: the source layer.
+        spec: the source layer.
+        frequencies: its rotary frequencies, ``[d/2]``.
+        factor: what its rotary embedding multiplies cos and sin with.
+        windows: the first so many windows count; later ones are held out and kept as they are.
+    """
+
+    def __init__(
+        self,
+        weights: AttentionWeights,
+        spec: AttentionSpec,
+        frequencies: torch.Tensor,
+        factor: float,
+        windows: int,
+    ) -> None:
+        self.weights = weights
+        self.projections = [part.float() for part in (weights.q, weights.k, weights.v)]
+        blocks = weights.o[:, :-1].float().unflatten(1, (spec.num_attention_heads, -1))  # [D, H, V]
+        self.gram = torch.einsum("xhv,xhu->hvu", blocks, blocks)
+        self.spec = spec
+        self.frequencies, self.factor = frequencies, factor
+        self.windows = windows
+        self.held_out: list[HeldOut] = []
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens = 0
+        self._weight = 0.0
+
+    def watch(self, attention: nn.Module) -> None:
+        """Sees every call of this attention module from now on."""
+        attention.register_forward_hook(self._see, with_kwargs=True)
+
+    def statistics(self) -> Statistics:
+        """The means of all that was seen.
+
+        Raises:
+            MlakitError: there are numbers among them that are not finite.
+        """
+        sums, tokens = self._sums, self._tokens
+        if not all(bool(value.isfinite().all()) for value in sums.values()):
+            raise MlakitError(
+                "The activations are not finite numbers",
+                remedy="check that the source itself works: mlakit generate",
+            )
+        length = sums["attention"].shape[-1]
+        steps = [sums["attention"].diagonal(-gap, 1, 2).sum(1) for gap in range(length)]
+        mean = sums["output"] / tokens
+        return Statistics(
+            inputs=sums["inputs"] / tokens,
+            attended=sums["attended"] / self._weight,
+            queries=sums["queries"] / tokens,
+            sensitive=sums["sensitive"] / tokens,
+            overlap=sums["overlap"] / tokens,
+            distances=torch.stack(steps, 1) / tokens,
+            output=float(sums["output_square"] / tokens - mean @ mean),
+        )
+
+    def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        mask = kwargs.get("attention_mask")
+        for row, (x, y) in enumerate(zip(hidden, output[0], strict=True)):
+            own = None if mask is None else mask[row if len(mask) > 1 else 0, 0]
+            if self.windows > 0:
+                self.windows -= 1
+                self._add(x, y, own)
+            else:
+                self.held_out.append(HeldOut(x, y, own))
+
+    def _add(self, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """One window: inputs ``[T, D]``, outputs ``[T, D]``, mask ``[T, T]``."""
+        ones = x.new_ones(len(x), 1)
+        normed = self.weights.normed
+        hidden = torch.cat([x, ones], 1)
+        x = torch.cat([self.weights.inputs(x), ones], 1)
+        if normed is None:
+            query = torch.einsum("tx,hdx->htd", hidden, self.projections[0])
+        else:
+            query = normed.queries(hidden[:, :-1])
+        key, value = (torch.einsum("tx,hdx->htd", x, part) for part in self.projections[1:])
+        repeats = len(query) // len(key)
+        key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+        attention, slope = self._attention(query, key, mask)
+        out = attention @ value
+        turned = value @ self.gram  # v^T W_O^T W_O
+        distance = (turned * value).sum(-1)[:, None] + (out @ self.gram * out).sum(-1)[..., None]
+        distance = (distance - 2 * out @ turned.mT).clamp_min(0)  # |W_O (v_n - o_m)|^2
+        square = attention.square()
+        weight = (square * slope.square() * distance).sum(-1)  # [H, T]
+        tokens = square.sum((0, 1)).double()
+        x, flat = x.double(), attention.flatten(1)
+        self._tokens += len(x)
+        self._weight += float(tokens.sum())
+        for name, term in {
+            "inputs": x.mT @ x,
+            "attended": (x * tokens[:, None]).mT @ x,
+            "queries": query.mT @ query,
+            "sensitive": (query * weight[..., None]).mT @ query,
+            "overlap": flat @ flat.mT,
+            "attention": attention,
+            "output": y.double().sum(0),
+            "output_square": y.double().square().sum(),
+        }.items():
+            term = term.double()
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+
+    def _attention(
+        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention ``[H, T, T]`` and the slope of its logits where they are soft-capped."""
+        length = query.shape[1]
+        angles = torch.arange(length, device=query.device)[:, None] * self.frequencies.float()
+        turn = torch.polar(torch.full_like(angles, self.factor), angles)
+
+        def rotate(part: torch.Tensor) -> torch.Tensor:
+            turned = torch.complex(*part.chunk(2, -1)) * turn
+            return torch.cat([turned.real, turned.imag], -1)
+
+        scores = rotate(query) @ rotate(key).mT * self.spec.softmax_scale
+        slope = torch.ones((), device=scores.device)
+        if self.spec.logit_softcap:
+            capped = torch.tanh(scores / self.spec.logit_softcap)
+            scores, slope = capped * self.spec.logit_softcap, 1 - capped.square()
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        else:
+            scores = scores + mask
+        return scores.softmax(-1), slope
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One window that no statistic has seen: inputs and outputs ``[T, D]``, mask ``[T, T]``."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    mask: torch.Tensor | None
