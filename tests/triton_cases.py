@@ -331,7 +331,7 @@ def test_quantised_pages_apart():
 def test_batch_invariance(kind):
     """The same bits alone, in company, beside other neighbours, under another max_seqlen_q."""
     options = {"rank": 64, "rope": 16, "dtype": BF16, "batch_invariant": True}
-    case = problem([1300, 90, 600, 2], 20, queries=[1, 3, 2, 1], **options)
+    case = problem([1300, 90, 600, 2], 6, queries=[1, 3, 2, 1], **options)
     if kind:
         case = quantised(case, CacheFormat(kind, 64, 16))
     call = case.call
@@ -374,7 +374,7 @@ def test_selected_rows_of_other_shapes(kind):
 
 def test_selected_rows_do_not_depend_on_neighbours():
     call = selected(
-        CacheFormat("fp8", 64, 16), [1300], 20, dtype=BF16, tokens=400, counts=[90, 700],
+        CacheFormat("fp8", 64, 16), [1300], 6, dtype=BF16, tokens=400, counts=[90, 700],
         invariant=True,
     )  # fmt: skip
     check_selected(call)
@@ -401,10 +401,9 @@ def test_what_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fp8", "model1", "bf16"])
 @pytest.mark.parametrize(
-    ("tokens", "topk", "page"),
-    [(512, 64, 2), (512, 64, 69), (1024, 576, 61), (2046, 300, 576)],
+    ("kind", "tokens", "topk", "page"),
+    [("fp8", 512, 64, 2), ("model1", 512, 64, 69), ("bf16", 1024, 300, 61), ("fp8", 2046, 99, 576)],
 )
 def test_flash_mla_sparse_matrix(kind, tokens, topk, page):
     """FlashMLA's shapes, with fewer queries and rows."""
@@ -416,8 +415,8 @@ def test_flash_mla_sparse_matrix(kind, tokens, topk, page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("queries", [1, 2, 4])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (63, 1), (128, 1), (128, 8)])
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (63, 1), (128, 8)])
 def test_flash_mla_dense_matrix(heads, kv_heads, queries):
     random = torch.Generator().manual_seed(heads)
     for context, varlen, causal in [(20, True, True), (140, True, False), (140, False, True)]:

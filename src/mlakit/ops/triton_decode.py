@@ -128,8 +128,8 @@ def _rows(
         layout = Layout("plain", page, pages.shape[3], rank, token_stride, unit)
     else:
         pages = pages.view(torch.uint8)
-        values, *scales = cache_format._part_widths
-        codes = cache_format._code_bytes
+        values, *scales = cache_format.part_widths
+        codes = cache_format.code_bytes
         page_stride, kv_head_stride = pages.stride(0), 0
         token_stride = values if scales else pages.stride(1)
         unit = math.gcd(16, page_stride, token_stride)
@@ -176,7 +176,8 @@ def _launch(
     heads, width = q.shape[1:]
     group = heads // kv_heads
     out = q.new_empty(len(q), heads, rank)
-    lse, top = q.new_empty(2, len(q), heads, dtype=torch.float32)
+    lse = q.new_empty(len(q), heads, dtype=torch.float32)
+    top = torch.empty_like(lse)  # memory of its own: an operator's results may not share any
     if not len(q):
         return out, lse, top
     target, processors = _device(q.device)

@@ -97,11 +97,11 @@ def choose_tile(
     if kind != "plain":
         # Shared memory holds the codes of some steps, and the values of one, twice.
         tokens = 32 if target in STAGES and lean and caches == 1 else 16
-        return Tile(16, tokens, values, keys, True, 8, few)
+        return Tile(16, tokens, values, keys, True, 8, min(few, 4))
     if rows <= 16 or not many:
         return Tile(16, 32, values, keys, True, 4, few)
     if values <= 256:
-        tall = rows > 32
+        tall = rows > 32 and (lean or values <= 128)
         warps = 8 if tall and values > 128 else 4
         return Tile(64 if tall else 32, 32, values, keys, True, warps, few)
     if target == "sm_90" and WIDE and lean and rows > 32 and latent == 512 and caches == 1:
