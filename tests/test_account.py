@@ -46,7 +46,7 @@ def test_parameters_are_those_of_the_model(name):
     blocks = [layer.self_attn for layer in model.model.layers]
     assert counted.attention == sum(p.numel() for b in blocks for p in b.parameters())
     experts = [p.numel() for n, p in model.named_parameters() if ".mlp.experts." in n]
-    routed = spec.feed_forwards[-1]
+    routed = max(spec.feed_forwards, key=lambda block: block.num_experts)
     unused = 1 - routed.num_experts_per_tok / routed.num_experts if experts else 0
     assert counted.inactive == unused * sum(experts)
     assert counted.active == counted.total - counted.inactive

@@ -11,15 +11,10 @@ import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+from mlakit.families import FAMILIES
+
 LETTERS = string.ascii_letters + " .,\n"
 TEXT = "".join(LETTERS[(i * i + 7 * i) % len(LETTERS)] for i in range(4000))
 
@@ -30,9 +25,19 @@ def save_tiny(
     *,
     dtype: torch.dtype = torch.float32,
     sharded: bool = False,
+    rough: bool = False,
     **options: Any,
 ) -> Path:
-    """Saves a two-layer model, weights larger than usual so that attention is not flat."""
+    """Saves a small model, weights larger than usual so that attention is not flat.
+
+    Args:
+        folder: where to.
+        family: transformers' ``model_type``.
+        dtype: of the weights.
+        sharded: in many files.
+        rough: scale biases, norms and single channels as they are in large trained models.
+        **options: keys of the config; two layers, 4 heads on 2 and 32 dimensions by default.
+    """
     settings = {
         "vocab_size": len(LETTERS) + 2,
         "hidden_size": 32,
@@ -46,16 +51,20 @@ def save_tiny(
         "eos_token_id": 1,
         **options,
     }
-    if family != "qwen2":
+    if family not in ("qwen2", "qwen2_moe"):
         settings.setdefault("head_dim", 8)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](**settings))
+    config = AutoConfig.for_model(family, **settings)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.5)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+                parameter.sub_(FAMILIES[family].norm_offset)
+        if rough:
+            roughen(model)
     model.to(dtype).save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
     tokenizer = Tokenizer(
         WordLevel({"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(LETTERS)}}, "</s>")
@@ -65,6 +74,20 @@ def save_tiny(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="</s>"
     ).save_pretrained(folder)
     return folder
+
+
+def roughen(model: Any) -> None:
+    """Large key biases, norms that differ tenfold, and channels that stand out."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("k_proj.bias", "q_proj.bias")):
+            parameter[::3] *= 10
+        elif "norm" in name:
+            parameter[1::7] *= 5
+            parameter[::5] *= 0.1
+        elif name.endswith(("k_proj.weight", "q_proj.weight", "qkv_proj.weight")):
+            parameter[:, 3] *= 4
+        elif name.endswith("v_proj.weight"):
+            parameter[2] *= 8
 
 
 def use_old_config_style(folder: Path) -> None:

@@ -14,6 +14,9 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 LATENT = {
     "num_key_value_heads": 4,
@@ -68,7 +71,35 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2Config",
         {**SIZES, "head_dim": 24, "query_pre_attn_scalar": 30, "sliding_window": 5},
     ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        {**SIZES, "head_dim": 12, "query_pre_attn_scalar": 30, "sliding_window": 5}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "granite": (
+        "GraniteConfig",
+        {**SIZES, "attention_multiplier": 0.2, "embedding_multiplier": 3.0}
+        | {"residual_multiplier": 0.5, "logits_scaling": 4.0, "attention_bias": True},
+    ),
+    "olmo2": ("Olmo2Config", SIZES),
+    "smollm3": ("SmolLM3Config", {**SIZES, "no_rope_layer_interval": 2}),
+    "phi3": ("Phi3Config", SIZES),
+    "phi3-partial": (
+        "Phi3Config",
+        {**SIZES, "partial_rotary_factor": 0.5, "sliding_window": 7},
+    ),
+    "glm": ("GlmConfig", {**SIZES, "head_dim": 16}),
     "mixtral": ("MixtralConfig", {**SIZES, "num_local_experts": 4}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**SIZES, "num_experts": 4, "moe_intermediate_size": 24, "decoder_sparse_step": 2}
+        | {"shared_expert_intermediate_size": 40, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**SIZES, "num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+        | {"head_dim": 12, "mlp_only_layers": [1]},
+    ),
     "deepseek_v2": (
         "DeepseekV2Config",
         {**SIZES, **LATENT, "q_lora_rank": None, "attention_bias": True, "n_shared_experts": 2},

@@ -275,8 +275,6 @@ def as_mqa(spec: AttentionSpec) -> AttentionSpec:
 def as_mla(spec: AttentionSpec, kv_lora_rank: int, qk_rope_head_dim: int) -> AttentionSpec:
     """The layer as DeepSeek-shaped latent attention: N = d (its own N if latent), V as it is.
 
-    Per-head norms of q and k are not part of that layer and are left out.
-
     Raises:
         UsageError: a rank below 1, or rotary dimensions that are no pairs.
     """
@@ -295,7 +293,7 @@ def as_mla(spec: AttentionSpec, kv_lora_rank: int, qk_rope_head_dim: int) -> Att
         qk_rope_head_dim=qk_rope_head_dim,
         v_head_dim=spec.value_dim,
         mla_form="compress",
-        qk_norm=False,
+        source_kv_heads=spec.source_kv_heads or spec.num_key_value_heads,
     )
 
 
@@ -311,7 +309,7 @@ def as_equal_cache(spec: AttentionSpec) -> AttentionSpec:
         qk_rope_head_dim=width,
         v_head_dim=spec.head_dim,
         mla_form="equal-cache",
-        qk_norm=False,
+        source_kv_heads=spec.num_key_value_heads,
     )
 
 
@@ -341,6 +339,7 @@ def _plain(spec: AttentionSpec, groups: int) -> AttentionSpec:
         qk_nope_head_dim=None,
         qk_rope_head_dim=None,
         mla_form=None,
+        source_kv_heads=None,
     )
 
 
@@ -353,7 +352,7 @@ def _feed_forward_weights(spec: FeedForwardSpec, experts: float) -> float:
     """Weights of a block of which ``experts`` routed experts are used, biases left out."""
     if not spec.num_experts:
         return _expert_weights(spec)
-    shared = 3 * spec.hidden_size * spec.shared_intermediate_size
+    shared = spec.hidden_size * (3 * spec.shared_intermediate_size + spec.shared_gate)
     return spec.num_experts * spec.hidden_size + shared + experts * _expert_weights(spec)
 
 

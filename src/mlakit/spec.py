@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 AttentionKind = Literal["mha", "mqa", "gqa", "mla"]
 MLAForm = Literal["compress", "equal-cache", "article"]
+QKNorm = Literal["head", "projection"]
 
 CacheKind = Literal["fp8", "int8", "int4"]
 
@@ -95,7 +96,12 @@ class AttentionSpec:
 
     Attributes:
         head_dim: size d of a query/key head before conversion (nope + rope for native MLA).
-        qk_norm: per-head RMSNorm on q and k before the rotation.
+        rope: None for a layer without positions; its ``dim`` is below d where only the first
+            dimensions of a head turn.
+        qk_norm: an RMSNorm on q and k before the rotation, of each ``head`` or of the whole
+            ``projection``. A converted layer then keeps k_proj, v_proj and both norms, and its
+            latent is linear in ``[k_norm(k); v]``.
+        source_kv_heads: G of the layer that a converted one came from.
         softmax_scale: factor on the scores; never None after a family reader ran.
         cache_format: how a latent is cached: quantised, its rotary part in 16 bits; None for
             numbers of the model's own dtype.
@@ -115,7 +121,8 @@ class AttentionSpec:
     mla_form: MLAForm | None = None
     logit_softcap: float | None = None
     sliding_window: int | None = None
-    qk_norm: bool = False
+    qk_norm: QKNorm | None = None
+    source_kv_heads: int | None = None
     q_bias: bool = False
     kv_bias: bool = False
     o_bias: bool = False
@@ -129,6 +136,11 @@ class AttentionSpec:
         if self.num_key_value_heads == self.num_attention_heads:
             return "mha"
         return "mqa" if self.num_key_value_heads == 1 else "gqa"
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a source head that turn; all of them where none does."""
+        return self.head_dim if self.rope is None else self.rope.dim
 
     @property
     def value_dim(self) -> int:
@@ -160,19 +172,30 @@ class AttentionSpec:
     @property
     def query_dim(self) -> int:
         """Size of one projected query head: N + R of DeepSeek's layout, else d."""
-        if self.kv_lora_rank is None or self.mla_form != "compress":
+        if self.kv_lora_rank is None or self.mla_form != "compress" or self.qk_norm:
             return self.head_dim
         return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the layer on disk, named below ``self_attn.``, with its shape."""
         shapes = self._query_shapes()
-        shapes |= self._cache_shapes() if self.kv_lora_rank is None else self._latent_shapes()
+        if self.kv_lora_rank is None or self.qk_norm:
+            shapes |= self._cache_shapes()
+        if self.kv_lora_rank is not None:
+            shapes |= self._latent_shapes()
         width = self.num_attention_heads * self.value_dim
         shapes |= _linear("o_proj", self.hidden_size, width, self.o_bias)
         if self.qk_norm:
-            shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
+            whole = self.qk_norm == "projection"
+            heads, groups = (self.num_attention_heads, self._groups) if whole else (1, 1)
+            shapes["q_norm.weight"] = (heads * self.head_dim,)
+            shapes["k_norm.weight"] = (groups * self.head_dim,)
         return shapes
+
+    @property
+    def _groups(self) -> int:
+        """Key/value heads that are projected, before a conversion or with QK-norm."""
+        return self.source_kv_heads or self.num_key_value_heads
 
     def _query_shapes(self) -> dict[str, tuple[int, ...]]:
         width = self.num_attention_heads * self.query_dim
@@ -185,7 +208,7 @@ class AttentionSpec:
         }
 
     def _cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        groups = self.num_key_value_heads
+        groups = self._groups
         return {
             **_linear("k_proj", groups * self.head_dim, self.hidden_size, self.kv_bias),
             **_linear("v_proj", groups * self.value_dim, self.hidden_size, self.kv_bias),
@@ -194,13 +217,19 @@ class AttentionSpec:
     def _latent_shapes(self) -> dict[str, tuple[int, ...]]:
         heads, rank = self.num_attention_heads, self.kv_lora_rank or 0
         nope, rope = self.qk_nope_head_dim or 0, self.qk_rope_head_dim or 0
-        down = _linear("kv_a_proj_with_mqa", self.cache_width, self.hidden_size, self.kv_bias)
+        inputs = self._groups * (self.head_dim + self.value_dim)
+        down = _linear(
+            "kv_a_proj_with_mqa",
+            self.cache_width,
+            inputs if self.qk_norm else self.hidden_size,
+            self.kv_bias and not self.qk_norm,
+        )
         if self.mla_form == "article":
             up = (heads * self.head_dim, rank // 2)
             return {**down, "v_b_proj.weight": up, "k_b_proj.weight": up}
         shapes = {**down, "kv_a_layernorm.weight": (rank,)}
-        if self.mla_form == "equal-cache":
-            shapes["q_up_proj.weight"] = (heads, rope, self.head_dim)
+        if self.mla_form == "equal-cache" or self.qk_norm:
+            shapes["q_up_proj.weight"] = (heads, nope + rope, self.head_dim)
         shapes["kv_b_proj.weight"] = (heads * (nope + self.value_dim), rank)
         return shapes
 
@@ -220,6 +249,7 @@ class FeedForwardSpec:
         num_experts: routed experts; 0 for a dense block.
         num_experts_per_tok: experts that one token visits.
         shared_intermediate_size: width of the expert that every token visits; 0 for none.
+        shared_gate: that expert's output is weighed by a number of its own, D weights.
         router_buffer: the router has DeepSeek-V3's ``e_score_correction_bias``: a tensor on
             disk, but not a trained parameter.
     """
@@ -230,6 +260,7 @@ class FeedForwardSpec:
     num_experts: int = 0
     num_experts_per_tok: int = 0
     shared_intermediate_size: int = 0
+    shared_gate: bool = False
     router_buffer: bool = False
 
 

@@ -63,7 +63,7 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
         memory += BATCH_TOKENS * 4 * (8 * hidden + 3 * inner) + 3 * 8 * (hidden + 1) ** 2
         memory += source.num_attention_heads * BATCH_TOKENS * plan.calibration.window * 4
         disk += 2 * tokens * hidden * 4 + 8 * keys**2 * len(plan.layers)
-        folds = freqfold_candidates(source.head_dim, plan.target.qk_rope_head_dim or 2)
+        folds = freqfold_candidates(source.rotary_dim, plan.target.qk_rope_head_dim or 2)
         passes = 2 + (len(folds) / HELD_OUT if plan.goal.freqfold == "auto" else 0)
         each = 2.0 * layer_size + 4.0 * hidden**2
         operations += passes * tokens * each * len(plan.layers)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlakit.errors import UnsupportedModelError
 from mlakit.families.readers import Config, rope_of, size
 from mlakit.families.rows import FAMILIES, Family
-from mlakit.spec import AttentionSpec, FeedForwardSpec, ModelSpec
+from mlakit.spec import AttentionSpec, FeedForwardSpec, ModelSpec, RopeSpec
 
 Shapes = dict[str, tuple[int, ...]]
+
+DENSE = ("gate_proj", "up_proj", "down_proj")
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary schedules that do not change with the length of the text: those can be converted."""
@@ -39,7 +42,7 @@ def read_model(config: Config) -> ModelSpec:
     filled = {**family.defaults, **config}
     count = size(filled, "num_hidden_layers")
     types = _layer_types(filled, family, count)
-    by_type = {kind: _attention(filled, family, kind) for kind in dict.fromkeys(types)}
+    by_type = {kind: _attention(filled, family, *kind) for kind in dict.fromkeys(types)}
     dtype = filled.get("dtype") or filled.get("torch_dtype")
     return ModelSpec(
         model_type=family.name,
@@ -56,21 +59,36 @@ def read_model(config: Config) -> ModelSpec:
     )
 
 
-def tensor_shapes(spec: ModelSpec) -> Shapes:
-    """Name and shape of every tensor that a checkpoint of this model holds."""
+def tensor_shapes(spec: ModelSpec, *, fused_experts: bool = False) -> Shapes:
+    """Name and shape of every tensor that a checkpoint of this model holds.
+
+    Args:
+        spec: the model.
+        fused_experts: the experts of a layer lie in two tensors, as in transformers' modules,
+            and not in three of each expert's own.
+    """
     family = FAMILIES[spec.family]
     hidden = (spec.hidden_size,)
     shapes: Shapes = {family.embedding: (spec.vocab_size, spec.hidden_size)}
     for index, (attention, feed_forward) in enumerate(zip(spec.layers, spec.feed_forwards)):
-        prefix = family.attention_prefix(index)
-        shapes |= {prefix + name: shape for name, shape in attention.tensor_shapes().items()}
+        prefix, stored = family.attention_prefix(index), family.layout.stored_shapes(attention)
+        shapes |= {prefix + name: shape for name, shape in stored.items()}
         prefix = family.layer(index)
         shapes |= {f"{prefix}{norm}.weight": hidden for norm in family.norms}
-        shapes |= _feed_forward_shapes(family, prefix, feed_forward)
+        shapes |= _feed_forward_shapes(family, prefix, feed_forward, fused_experts)
     shapes[family.final_norm] = hidden
     if not spec.tie_word_embeddings:
         shapes[family.output] = (spec.vocab_size, spec.hidden_size)
     return shapes
+
+
+def rope_parameters(layers: Sequence[AttentionSpec], family: Family) -> dict[str, Any]:
+    """transformers' ``rope_parameters`` of a model: one dict, or one for each layer type."""
+    ropes = [layer.rope for layer in layers]
+    if not family.rope_by_type:
+        return next(rope.as_rope_parameters() for rope in ropes if rope is not None)
+    kinds = ["sliding_attention" if layer.sliding_window else "full_attention" for layer in layers]
+    return {kind: rope.as_rope_parameters() for kind, rope in zip(kinds, ropes) if rope is not None}
 
 
 def convertible(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
@@ -89,6 +107,9 @@ def convertible(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> ModelS
         raise _refusal(f"model_type {spec.family!r}", family.obstacle)
     if config.get("quantization_config"):
         raise _refusal("quantization_config", "the weights are quantised", "convert the original")
+    for key, reason in family.refused.items():
+        if config.get(key):
+            raise _refusal(key, reason)
     _check_rope(spec)
     if spec.family == "mistral" and len({layer.sliding_window for layer in spec.layers}) > 1:
         raise _refusal("layer_types", "transformers' mistral gives every layer the same window")
@@ -97,9 +118,19 @@ def convertible(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> ModelS
 
 
 def _check_rope(spec: ModelSpec) -> None:
-    rope = spec.layers[0].rope
-    if rope is None or any(layer.rope != rope for layer in spec.layers):
-        raise _refusal("rope_parameters", "layers with different or no rotary embeddings")
+    family = FAMILIES[spec.family]
+    config = {**family.defaults, **spec.config}
+    ropes = [layer.rope for i, layer in enumerate(spec.layers) if family.rotated(config, i)]
+    if not ropes or None in ropes:
+        raise _refusal("rope_parameters", "layers with no rotary embeddings")
+    if not family.rope_by_type and any(rope != ropes[0] for rope in ropes):
+        raise _refusal("rope_parameters", "layers with different rotary embeddings")
+    for rope in ropes:
+        if rope is not None:
+            _check_schedule(rope, spec.layers[0].head_dim, family)
+
+
+def _check_schedule(rope: RopeSpec, head_dim: int, family: Family) -> None:
     if rope.rope_type not in STATIC_ROPE:
         raise _refusal(
             f"rope_type {rope.rope_type!r}",
@@ -107,10 +138,11 @@ def _check_rope(spec: ModelSpec) -> None:
             " weights",
             f"set it to one of {', '.join(STATIC_ROPE)} if you do not need longer texts",
         )
-    if rope.dim < spec.layers[0].head_dim:
+    if rope.dim < head_dim and not family.partial_rotary:
         raise _refusal(
             "partial_rotary_factor",
-            f"only {rope.dim} of {spec.layers[0].head_dim} dimensions of a head are rotated",
+            f"only {rope.dim} of {head_dim} dimensions of a head are rotated, which transformers'"
+            f" {family.name} does not do",
         )
     if rope.attention_factor != 1.0:
         raise _refusal(
@@ -121,7 +153,8 @@ def _check_rope(spec: ModelSpec) -> None:
 
 
 def _check_tensors(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    expected = tensor_shapes(spec)
+    fused = any(name.endswith(".experts.gate_up_proj") for name in shapes)
+    expected = tensor_shapes(spec, fused_experts=fused)
     for name, shape in expected.items():
         if name not in shapes:
             raise UnsupportedModelError(
@@ -149,10 +182,11 @@ def _refusal(key: str, reason: str, remedy: str = "") -> UnsupportedModelError:
     return UnsupportedModelError(f"Cannot convert: {key}: {reason}", remedy=remedy)
 
 
-def _layer_types(config: Config, family: Family, count: int) -> list[str]:
+def _layer_types(config: Config, family: Family, count: int) -> list[tuple[str, bool]]:
+    """Of each layer whether it has a window, as transformers names it, and a rotation."""
     given = config.get("layer_types")
     if given is None:
-        return [
+        given = [
             "sliding_attention" if family.windowed(config, layer) else "full_attention"
             for layer in range(count)
         ]
@@ -163,29 +197,39 @@ def _layer_types(config: Config, family: Family, count: int) -> list[str]:
     for kind in given:
         if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModelError(f"config.json has layer_types {kind!r}, unknown to mlakit")
-    return list(given)
+    return [(kind, family.rotated(config, layer)) for layer, kind in enumerate(given)]
 
 
-def _attention(config: Config, family: Family, layer_type: str) -> AttentionSpec:
+def _attention(config: Config, family: Family, layer_type: str, rotated: bool) -> AttentionSpec:
     sliding = layer_type == "sliding_attention" and config.get("use_sliding_window", True)
     window = size(config, "sliding_window") if sliding and config.get("sliding_window") else None
-    return family.attention(config, rope_of(config, layer_type), window)
+    return family.attention(config, rope_of(config, layer_type) if rotated else None, window)
 
 
-def _feed_forward_shapes(family: Family, prefix: str, spec: FeedForwardSpec) -> Shapes:
+def _feed_forward_shapes(
+    family: Family, prefix: str, spec: FeedForwardSpec, fused_experts: bool
+) -> Shapes:
+    width, hidden = spec.intermediate_size, spec.hidden_size
     if not spec.num_experts:
-        dense = ("gate_proj", "up_proj", "down_proj")
-        return _gated(f"{prefix}mlp.", dense, spec, spec.intermediate_size)
-    block = f"{prefix}{family.expert_block}."
-    shapes: Shapes = {f"{block}gate.weight": (spec.num_experts, spec.hidden_size)}
+        if family.fused_gate:
+            fused = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+            return {f"{prefix}mlp.{name}.weight": shape for name, shape in fused.items()}
+        return _gated(f"{prefix}mlp.", DENSE, spec, width)
+    block = f"{prefix}mlp." if fused_experts else f"{prefix}{family.expert_block}."
+    shapes: Shapes = {f"{block}gate.weight": (spec.num_experts, hidden)}
     if spec.router_buffer:
         shapes[f"{block}gate.e_score_correction_bias"] = (spec.num_experts,)
-    names = family.expert_projections
-    for expert in range(spec.num_experts):
-        shapes |= _gated(f"{block}experts.{expert}.", names, spec, spec.intermediate_size)
+    if fused_experts:
+        shapes[f"{block}experts.gate_up_proj"] = (spec.num_experts, 2 * width, hidden)
+        shapes[f"{block}experts.down_proj"] = (spec.num_experts, hidden, width)
+    else:
+        for expert in range(spec.num_experts):
+            shapes |= _gated(f"{block}experts.{expert}.", family.expert_projections, spec, width)
     if spec.shared_intermediate_size:
-        width = spec.shared_intermediate_size
-        shapes |= _gated(f"{block}shared_experts.", names, spec, width)
+        shared = f"{block}{family.shared_expert}"
+        shapes |= _gated(f"{shared}.", DENSE, spec, spec.shared_intermediate_size)
+        if spec.shared_gate:
+            shapes[f"{shared}_gate.weight"] = (1, hidden)
     return shapes
 
 

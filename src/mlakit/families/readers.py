@@ -48,8 +48,10 @@ def rope_of(config: Config, layer_type: str) -> RopeSpec | None:
         given = given.get(layer_type)
         if given is None:
             return None
+    elif layer_type == "sliding_attention" and config.get("rope_local_base_freq"):
+        given = {}  # the scaling and base at the top level are those of the other layers
     options = dict(given)
-    theta = options.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
+    theta = options.pop("rope_theta", None) or _default_theta(config, layer_type)
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
         raise UnsupportedModelError(
             f"config.json: rope_theta is {theta!r}, not a positive number",
@@ -71,6 +73,11 @@ def rope_of(config: Config, layer_type: str) -> RopeSpec | None:
             f"config.json: rope_type {rope_type!r} needs {missing[0]}, which is missing"
         )
     return RopeSpec(theta=float(theta), dim=0, rope_type=rope_type, parameters=options)
+
+
+def _default_theta(config: Config, layer_type: str) -> Any:
+    local = config.get("rope_local_base_freq") if layer_type == "sliding_attention" else None
+    return local or config.get("rope_theta", 10000.0)
 
 
 def _with_dim(rope: RopeSpec | None, dim: int, blocks: int = 1) -> RopeSpec | None:
@@ -134,8 +141,31 @@ def qwen2(config: Config, rope: RopeSpec | None, window: int | None) -> Attentio
     return replace(without_bias(config, rope, window), q_bias=True, kv_bias=True)
 
 
+def qwen2_moe(config: Config, rope: RopeSpec | None, window: int | None) -> AttentionSpec:
+    bias = bool(config.get("qkv_bias", True))
+    return replace(without_bias(config, rope, window), q_bias=bias, kv_bias=bias)
+
+
 def qwen3(config: Config, rope: RopeSpec | None, window: int | None) -> AttentionSpec:
-    return replace(grouped(config, rope, window), qk_norm=True)
+    return replace(grouped(config, rope, window), qk_norm="head")
+
+
+def gemma3(config: Config, rope: RopeSpec | None, window: int | None) -> AttentionSpec:
+    """Gemma 3: its class takes ``attn_logit_softcapping`` and never uses it."""
+    return replace(qwen3(config, rope, window), logit_softcap=None)
+
+
+def granite(config: Config, rope: RopeSpec | None, window: int | None) -> AttentionSpec:
+    return replace(grouped(config, rope, window), softmax_scale=config["attention_multiplier"])
+
+
+def olmo2(config: Config, rope: RopeSpec | None, window: int | None) -> AttentionSpec:
+    return replace(grouped(config, rope, window), qk_norm="projection")
+
+
+def glm(config: Config, rope: RopeSpec | None, window: int | None) -> AttentionSpec:
+    """GLM: biases on q, k and v, never on the output projection."""
+    return replace(grouped(config, rope, window), o_bias=False)
 
 
 def deepseek(config: Config, rope: RopeSpec | None, window: int | None) -> AttentionSpec:
@@ -187,8 +217,11 @@ def converted(config: Config, rope: RopeSpec | None, window: int | None) -> Atte
     return AttentionSpec(
         *_heads(config),
         head_dim=source.get("head_dim", value_dim),
+        source_kv_heads=source.get("num_key_value_heads"),
         softmax_scale=float(scale),
         rope=_with_dim(rope, rotated // blocks, blocks),
+        logit_softcap=config.get("attn_logit_softcapping"),
+        qk_norm=config.get("qk_norm"),
         q_lora_rank=None,
         kv_lora_rank=size(config, "kv_lora_rank"),
         qk_nope_head_dim=int(config.get("qk_nope_head_dim") or 0),
@@ -219,6 +252,22 @@ def mixtral(config: Config, layer: int) -> FeedForwardSpec:
         dense_without_bias(config, layer),
         num_experts=size(config, "num_local_experts"),
         num_experts_per_tok=size(config, "num_experts_per_tok"),
+    )
+
+
+def qwen_experts(config: Config, layer: int) -> FeedForwardSpec:
+    """Qwen2-MoE and Qwen3-MoE: every so many layers experts, and dense where listed."""
+    key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    dense_layer = layer in (config.get("mlp_only_layers") or ())
+    if dense_layer or (layer + 1) % config["decoder_sparse_step"] or not config[key]:
+        return dense_without_bias(config, layer)
+    return FeedForwardSpec(
+        size(config, "hidden_size"),
+        size(config, "moe_intermediate_size"),
+        num_experts=size(config, key),
+        num_experts_per_tok=size(config, "num_experts_per_tok"),
+        shared_intermediate_size=config.get("shared_expert_intermediate_size") or 0,
+        shared_gate=bool(config.get("shared_expert_intermediate_size")),
     )
 
 

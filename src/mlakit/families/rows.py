@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mlakit.families import readers
+from mlakit.families.layouts import Layout
 from mlakit.families.readers import Config
 from mlakit.spec import AttentionSpec, FeedForwardSpec, RopeSpec
+
+PLAIN = Layout()
 
 
 @dataclass(frozen=True)
@@ -16,25 +20,51 @@ class Family:
 
     Attributes:
         name: transformers' ``model_type``.
+        classes: what its classes are called: ``Llama`` of LlamaForCausalLM.
         attention: reads one layer's AttentionSpec from the config.
         feed_forward: reads one layer's FeedForwardSpec from the config.
         defaults: values transformers takes for keys that config.json may leave out.
         windowed: whether a layer, by index, has the sliding window when ``layer_types`` is absent.
+        rotated: whether a layer, by index, has rotary embeddings.
+        rope_by_type: layers with and without a window may have rotary embeddings of their own.
+        partial_rotary: only the first dimensions of a head may be rotated.
+        layout: how the attention tensors are stored.
         obstacle: why ``convert`` refuses the family; empty when it converts.
+        refused: config keys and why a model with a true value there is not converted.
         norms: the RMSNorms of a decoder layer.
+        input_norm: the one in front of attention; None where attention reads the residual stream.
+        norm_offset: what an RMSNorm adds to its stored weight.
         expert_block: name of the mixture-of-experts block in a layer.
         expert_projections: the (gate, up, down) projections of one routed expert.
+        shared_expert: name of the expert that every token visits.
+        fused_gate: dense blocks store gate and up as one projection, ``gate_up_proj``.
+        embedding_scale: what the model multiplies embeddings with.
+        logits: what the model does to the product with the output matrix.
+        single: config keys to change for a model of one layer, by its index.
     """
 
     name: str
+    classes: str
     attention: Callable[[Config, RopeSpec | None, int | None], AttentionSpec]
     feed_forward: Callable[[Config, int], FeedForwardSpec]
     defaults: Config = field(default_factory=dict)
     windowed: Callable[[Config, int], bool] = lambda config, layer: False
+    rotated: Callable[[Config, int], bool] = lambda config, layer: True
+    rope_by_type: bool = False
+    partial_rotary: bool = False
+    layout: Layout = PLAIN
     obstacle: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    input_norm: str | None = "input_layernorm"
+    norm_offset: float = 0.0
     expert_block: str = "mlp"
     expert_projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared_expert: str = "shared_experts"
+    fused_gate: bool = False
+    embedding_scale: Callable[[Config], float] = lambda config: 1.0
+    logits: Callable[[Config, Any], Any] = lambda config, logits: logits
+    single: Callable[[Config, int], dict[str, Any]] = lambda config, layer: {}
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     output: str = "lm_head.weight"
@@ -53,19 +83,66 @@ def _upper_layers(config: Config, layer: int) -> bool:
     return layer >= config["max_window_layers"]
 
 
+def _lower_even_layers(config: Config, layer: int) -> bool:
+    """Qwen2-MoE: the window, where it is switched on, is that of every other lower layer."""
+    return layer < config["max_window_layers"] and layer % 2 == 0
+
+
+def _local_layers(config: Config, layer: int) -> bool:
+    """Gemma 3: five layers with a window, then one without."""
+    return (layer + 1) % (config.get("sliding_window_pattern") or 6) != 0
+
+
+def _all_layers(config: Config, layer: int) -> bool:
+    return True
+
+
+def _with_positions(config: Config, layer: int) -> bool:
+    """SmolLM3: every fourth layer has no rotary embedding."""
+    listed = config.get("no_rope_layers")
+    if listed is None:
+        return bool((layer + 1) % config["no_rope_layer_interval"])
+    return bool(listed[layer])
+
+
+def _no_positions_in_a_window(config: Config, layer: int) -> bool:
+    """SmolLM3: the window, where it is switched on, is that of the layers without positions."""
+    return not _with_positions(config, layer)
+
+
+def _capped(config: Config, logits: Any) -> Any:
+    cap = config.get("final_logit_softcapping")
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def _one_expert_layer(config: Config, layer: int) -> dict[str, Any]:
+    dense = not readers.qwen_experts(config, layer).num_experts
+    return {"mlp_only_layers": [0] if dense else [], "decoder_sparse_step": 1}
+
+
 QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+QWEN_EXPERTS = {"decoder_sparse_step": 1, "max_position_embeddings": 32768}
+SANDWICH = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+BOTH_WAYS = {"use_bidirectional_attention": "tokens that see later ones cannot be decoded"}
 
 ROWS = (
-    Family("llama", readers.grouped, readers.dense),
+    Family("llama", "Llama", readers.grouped, readers.dense),
     Family(
         "mistral",
+        "Mistral",
         readers.without_bias,
         readers.dense_without_bias,
         defaults={"sliding_window": 4096, "num_key_value_heads": 8},
-        windowed=lambda config, layer: True,
+        windowed=_all_layers,
     ),
     Family(
         "qwen2",
+        "Qwen2",
         readers.qwen2,
         readers.dense_without_bias,
         defaults={**QWEN_WINDOWS, "num_key_value_heads": 32},
@@ -73,14 +150,49 @@ ROWS = (
     ),
     Family(
         "qwen3",
+        "Qwen3",
         readers.qwen3,
         readers.dense_without_bias,
         defaults={**QWEN_WINDOWS, "num_key_value_heads": 32, "head_dim": 128},
         windowed=_upper_layers,
-        obstacle="the norm of each query and key head (q_norm, k_norm) is not yet converted",
+    ),
+    Family(
+        "granite",
+        "Granite",
+        readers.granite,
+        readers.dense,
+        defaults={"attention_multiplier": 1.0},
+        embedding_scale=lambda config: config.get("embedding_multiplier", 1.0),
+        logits=lambda config, logits: logits / config.get("logits_scaling", 1.0),
+        single=lambda config, layer: {"embedding_multiplier": 1.0},
+    ),
+    Family(
+        "olmo2",
+        "Olmo2",
+        readers.olmo2,
+        readers.dense_without_bias,
+        norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        input_norm=None,
+    ),
+    Family(
+        "smollm3",
+        "SmolLM3",
+        readers.grouped,
+        readers.dense,
+        defaults={
+            "rope_theta": 2e6,
+            "num_key_value_heads": 4,
+            "no_rope_layer_interval": 4,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+        },
+        windowed=_no_positions_in_a_window,
+        rotated=_with_positions,
+        single=lambda config, layer: {"no_rope_layers": [int(_with_positions(config, layer))]},
     ),
     Family(
         "gemma2",
+        "Gemma2",
         readers.grouped,
         readers.dense_without_bias,
         defaults={
@@ -88,30 +200,113 @@ ROWS = (
             "head_dim": 256,
             "query_pre_attn_scalar": 256,
             "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
             "sliding_window": 4096,
             "tie_word_embeddings": True,
         },
         windowed=lambda config, layer: layer % 2 == 0,
-        obstacle="soft-capped attention scores (attn_logit_softcapping) are not yet converted",
-        norms=(
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        ),
+        refused=BOTH_WAYS,
+        norms=SANDWICH,
+        norm_offset=1.0,
+        embedding_scale=lambda config: float(config["hidden_size"] ** 0.5),
+        logits=_capped,
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3",
+        readers.gemma3,
+        readers.dense_without_bias,
+        defaults={
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 131072,
+        },
+        windowed=_local_layers,
+        rope_by_type=True,
+        refused=BOTH_WAYS
+        | {"attn_logit_softcapping": "transformers' class for this family ignores it"},
+        norms=SANDWICH,
+        norm_offset=1.0,
+        embedding_scale=lambda config: float(config["hidden_size"] ** 0.5),
+        logits=_capped,
     ),
     Family(
         "mixtral",
+        "Mixtral",
         readers.without_bias,
         readers.mixtral,
-        defaults={"rope_theta": 1e6, "num_key_value_heads": 8},
-        windowed=lambda config, layer: True,
-        obstacle="mixtures of experts (num_local_experts) are not yet converted",
+        defaults={"rope_theta": 1e6, "num_key_value_heads": 8, "num_experts_per_tok": 2},
+        windowed=_all_layers,
         expert_block="block_sparse_moe",
         expert_projections=("w1", "w3", "w2"),
     ),
     Family(
+        "qwen2_moe",
+        "Qwen2Moe",
+        readers.qwen2_moe,
+        readers.qwen_experts,
+        defaults={
+            **QWEN_WINDOWS,
+            **QWEN_EXPERTS,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        windowed=_lower_even_layers,
+        shared_expert="shared_expert",
+        single=_one_expert_layer,
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3Moe",
+        readers.qwen3,
+        readers.qwen_experts,
+        defaults={
+            **QWEN_WINDOWS,
+            **QWEN_EXPERTS,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        windowed=_all_layers,
+        single=_one_expert_layer,
+    ),
+    Family(
+        "phi3",
+        "Phi3",
+        readers.without_bias,
+        readers.dense_without_bias,
+        partial_rotary=True,
+        layout=Layout(fused=True),
+        fused_gate=True,
+        windowed=_all_layers,
+    ),
+    Family(
+        "glm",
+        "Glm",
+        readers.glm,
+        readers.dense_without_bias,
+        defaults={
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+        },
+        partial_rotary=True,
+        layout=Layout(interleaved=True),
+        fused_gate=True,
+    ),
+    Family(
         "deepseek_v2",
+        "DeepseekV2",
         readers.deepseek,
         readers.deepseek_experts,
         defaults={"q_lora_rank": 1536, "first_k_dense_replace": 0},
@@ -119,6 +314,7 @@ ROWS = (
     ),
     Family(
         "deepseek_v3",
+        "DeepseekV3",
         readers.deepseek,
         readers.deepseek_experts,
         defaults={"q_lora_rank": 1536, "first_k_dense_replace": 3},
@@ -134,6 +330,7 @@ FAMILIES |= {
         row,
         name=f"mla_{name}",
         attention=readers.converted,
+        layout=PLAIN,
         obstacle="it was converted already; convert its source",
     )
     for name, row in FAMILIES.items()

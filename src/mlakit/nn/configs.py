@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from mlakit.spec import QUANTISED_ROWS, MLAForm
+from mlakit.families import FAMILIES
+from mlakit.spec import QUANTISED_ROWS, MLAForm, QKNorm
 
 FORMAT_VERSION = 1
 
@@ -29,8 +30,12 @@ class LatentConfig:
         rope_inv_freq: the R/2 rotary frequencies of each layer where they are its own; None for
             the schedule of ``rope_parameters``.
         softmax_scale: factor on the scores, the source's own.
+        qk_norm: q and k are normed before the rotation, each ``head`` or the whole
+            ``projection``; the latent is then made of ``[k_norm(k_proj x) | v_proj x]``.
+        source_kv_heads: G of the source; with QK-norm k_proj and v_proj still have that many heads.
+        source_head_dim: d of the source.
         q_bias: q_proj has a bias.
-        kv_a_bias: kv_a_proj_with_mqa has a bias.
+        kv_a_bias: kv_a_proj_with_mqa has a bias; with QK-norm k_proj and v_proj instead.
         o_bias: o_proj has a bias.
         latent_norm_eps: epsilon of kv_a_layernorm, large: the norm is the identity.
         head_dim: numbers cached per token (engines read it); set from the sizes above.
@@ -40,8 +45,10 @@ class LatentConfig:
     """
 
     if TYPE_CHECKING:  # the family's fields that are read here
+        model_type: ClassVar[str]
         vocab_size: int
         hidden_size: int
+        rms_norm_eps: float
         num_attention_heads: int
         num_key_value_heads: Any
         num_hidden_layers: int
@@ -58,6 +65,9 @@ class LatentConfig:
     rope_blocks: int = 1
     rope_inv_freq: list[list[float]] | None = None
     softmax_scale: float = 192**-0.5
+    qk_norm: QKNorm | None = None
+    source_kv_heads: int | None = None
+    source_head_dim: int | None = None
     q_bias: bool = False
     kv_a_bias: bool = False
     o_bias: bool = False
@@ -95,15 +105,19 @@ class LatentConfig:
                     f"rope_inv_freq must give {self.num_hidden_layers} layers"
                     f" {self.qk_rope_head_dim // 2} frequencies each, in one block"
                 )
+        if self.qk_norm and not (self.source_kv_heads and self.source_head_dim):
+            raise ValueError("qk_norm calls for source_kv_heads and source_head_dim")
         if self.mla_form == "equal-cache" and self.qk_nope_head_dim:
             raise ValueError("the equal-cache form has qk_nope_head_dim 0")
         if self.mla_form == "article" and self.kv_lora_rank % 2:
             raise ValueError(f"kv_lora_rank {self.kv_lora_rank} is odd: two halves are cached")
 
-    def rope_schedule(self) -> LatentConfig:
+    def rope_schedule(self, layer_type: str | None = None) -> LatentConfig:
         """A copy whose heads are one rotary block wide: what transformers' rope functions read."""
         schedule = copy.copy(self)
         schedule.head_dim = self.qk_rope_head_dim // self.rope_blocks
+        if layer_type is not None:
+            schedule.rope_parameters = self.rope_parameters[layer_type]
         return schedule
 
     def validate_rope(self) -> None:
@@ -113,6 +127,8 @@ class LatentConfig:
     @property
     def query_dim(self) -> int:
         """Size of one projected query head."""
+        if self.qk_norm and self.source_head_dim:
+            return self.source_head_dim
         if self.mla_form == "compress":
             return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.qk_rope_head_dim // self.rope_blocks
@@ -124,31 +140,43 @@ class LatentConfig:
             return None
         return getattr(self, "sliding_window", None)
 
-
-def _mlp_plan(family: Any) -> dict[str, str]:
-    """The family's tensor-parallel plan without its attention, which ours replaces."""
-    return {k: v for k, v in family.base_model_tp_plan.items() if ".self_attn." not in k}
-
-
-@strict
-class MLALlamaConfig(LatentConfig, LlamaConfig):  # type: ignore[misc]
-    """A Llama whose attention is latent."""
-
-    model_type = "mla_llama"
-    base_model_tp_plan = _mlp_plan(LlamaConfig)
+    def layer_rope(self, layer_idx: int) -> tuple[bool, str | None]:
+        """Whether a layer rotates, and the layer type whose schedule it has where types differ."""
+        listed = getattr(self, "no_rope_layers", None)
+        rotated = listed is None or bool(listed[layer_idx])
+        types = getattr(self, "layer_types", None)
+        if types is None or types[layer_idx] not in (self.rope_parameters or {}):
+            return rotated, None
+        return rotated, types[layer_idx]
 
 
-@strict
-class MLAMistralConfig(LatentConfig, MistralConfig):  # type: ignore[misc]
-    """A Mistral whose attention is latent."""
+def _latent(family: str) -> type[LatentConfig]:
+    """The config class of a family's converted models."""
+    classes = FAMILIES[family].classes
+    source: Any = next(
+        found
+        for name in (f"{classes}TextConfig", f"{classes}Config")
+        if (found := getattr(transformers, name, None)) and found.model_type == family
+    )
+    plan = {k: v for k, v in source.base_model_tp_plan.items() if ".self_attn." not in k}
+    fields = {
+        "model_type": f"mla_{family}",
+        "base_model_tp_plan": plan,
+        "__module__": __name__,
+        "__doc__": f"A {source.__name__.removesuffix('Config')} whose attention is latent.",
+    }
+    return strict(type(f"MLA{classes}Config", (LatentConfig, source), fields))
 
-    model_type = "mla_mistral"
-    base_model_tp_plan = _mlp_plan(MistralConfig)
+
+CONVERTED = tuple(name for name, row in FAMILIES.items() if not row.obstacle)
+"""Families that have a config class and model classes here: ``MLALlamaConfig`` and so on."""
+
+CONFIGS = {family: _latent(family) for family in CONVERTED}
 
 
-@strict
-class MLAQwen2Config(LatentConfig, Qwen2Config):
-    """A Qwen2 whose attention is latent."""
-
-    model_type = "mla_qwen2"
-    base_model_tp_plan = _mlp_plan(Qwen2Config)
+def __getattr__(name: str) -> type[LatentConfig]:
+    """The config classes by name, as pickle and ``from mlakit.nn.configs import`` ask for them."""
+    for config in CONFIGS.values():
+        if config.__name__ == name:
+            return config
+    raise AttributeError(f"{__name__} has no {name}")

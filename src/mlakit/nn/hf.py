@@ -11,6 +11,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import read_model
@@ -23,14 +27,14 @@ INDEX = "model.safetensors.index.json"
 
 def register() -> None:
     """Tells transformers' Auto classes about converted checkpoints; safe to call twice."""
-    for config, model, causal in (
-        (configs.MLALlamaConfig, models.MLALlamaModel, models.MLALlamaForCausalLM),
-        (configs.MLAMistralConfig, models.MLAMistralModel, models.MLAMistralForCausalLM),
-        (configs.MLAQwen2Config, models.MLAQwen2Model, models.MLAQwen2ForCausalLM),
-    ):
+    for family, config in configs.CONFIGS.items():
+        model, causal = models.MODELS[family]
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
+        stored = get_checkpoint_conversion_mapping(family)  # e.g. experts one by one on disk
+        if stored is not None:
+            register_checkpoint_conversion_mapping(config.model_type, stored, overwrite=True)
 
 
 def load(

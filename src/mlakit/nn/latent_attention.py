@@ -8,7 +8,6 @@ the cache rows themselves (DeepSeek-V2, arXiv 2405.04434, section 2.1; "absorb")
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,48 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from mlakit.nn.cache import LatentCache
 from mlakit.nn.configs import LatentConfig
-from mlakit.nn.rotary import rotate
+from mlakit.nn.latent_parts import HeadProjection, LatentNorm
+from mlakit.nn.rotary import layer_schedules, rotate
 from mlakit.ops import mla_decode
-
-
-class LatentNorm(nn.Module):
-    """The RMSNorm that engines expect on a latent, made the identity by a large epsilon.
-
-    With epsilon 4^k far above mean(z^2) and weight 2^k, z / sqrt(mean(z^2) + 4^k) * 2^k is z up to
-    rounding. The weight multiplies in float32: z / 2^k would be subnormal in float16.
-
-    Args:
-        size: C.
-        eps: epsilon, a power of 4.
-    """
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((size,), math.sqrt(eps)))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalises ``[..., C]``."""
-        x = hidden_states.to(torch.float32)
-        variance = x.pow(2).mean(-1, keepdim=True)
-        x = x * torch.rsqrt(variance + self.variance_epsilon)
-        return (self.weight.to(torch.float32) * x).to(hidden_states.dtype)
-
-
-class HeadProjection(nn.Module):
-    """A matrix per head, ``weight [H, out, in]``, as the up-projection of queries."""
-
-    def __init__(self, heads: int, out_features: int, in_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, out_features, in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, H, S, in]`` to ``[B, H, S, out]``."""
-        return torch.einsum("bhsi,hoi->bhso", x, self.weight)
 
 
 class MLAttention(nn.Module):
@@ -66,9 +30,12 @@ class MLAttention(nn.Module):
     Args:
         config: a config with LatentConfig's fields.
         layer_idx: which decoder layer this is.
+        norm: the family's RMSNorm, for the queries and keys of families that norm them.
     """
 
-    def __init__(self, config: LatentConfig, layer_idx: int) -> None:
+    def __init__(
+        self, config: LatentConfig, layer_idx: int, norm: type[nn.Module] = LatentNorm
+    ) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -76,28 +43,79 @@ class MLAttention(nn.Module):
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.v_head_dim = config.v_head_dim
-        self.own_frequencies = config.rope_inv_freq is not None
         self.scaling = config.softmax_scale
+        self.softcap = getattr(config, "attn_logit_softcapping", None)
         self.sliding_window = config.layer_window(layer_idx)
+        schedules = layer_schedules(config)
+        self.schedule = None if schedules is None else schedules[layer_idx]
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.num_key_value_groups = 1
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.q_proj = nn.Linear(hidden, heads * config.query_dim, bias=config.q_bias)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.head_dim, bias=config.kv_a_bias)
+        self.qk_norm = config.qk_norm
+        inputs = self.add_normed_heads(config, norm) if self.qk_norm else hidden
+        bias = config.kv_a_bias and not self.qk_norm
+        self.kv_a_proj_with_mqa = nn.Linear(inputs, config.head_dim, bias=bias)
         self.add_up_projections(config)
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
+
+    def add_normed_heads(self, config: LatentConfig, norm: type[nn.Module]) -> int:
+        """The source's keys and values, which the latent is made of where keys are normed.
+
+        Returns:
+            How many numbers they have together.
+        """
+        heads, groups = config.num_attention_heads, config.source_kv_heads or 1
+        width, values = groups * config.query_dim, groups * self.v_head_dim
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.kv_a_bias)
+        self.v_proj = nn.Linear(config.hidden_size, values, bias=config.kv_a_bias)
+        many = (heads, groups) if self.qk_norm == "projection" else (1, 1)
+        self.q_norm, self.k_norm = (
+            norm(count * config.query_dim, eps=config.rms_norm_eps) for count in many
+        )
+        return width + values
 
     def add_up_projections(self, config: LatentConfig) -> None:
         """The modules between the latent and the heads."""
         self.kv_a_layernorm = LatentNorm(self.kv_lora_rank, config.latent_norm_eps)
-        width = config.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, width, bias=False)
+        heads, width = config.num_attention_heads, self.qk_nope_head_dim + self.v_head_dim
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * width, bias=False)
+        if self.qk_norm or config.mla_form == "equal-cache":
+            width = self.qk_nope_head_dim + self.qk_rope_head_dim
+            self.q_up_proj = HeadProjection(heads, width, config.query_dim)
+
+    def normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """``[B, S, heads * d]``, normed over all of it or head by head."""
+        if self.qk_norm == "projection":
+            return norm(x)
+        return norm(x.unflatten(-1, (-1, self.config.query_dim))).flatten(-2)
+
+    def project_query(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, S, D]`` to the nope and rope parts of all heads, ``[B, H, S, N]`` and ``R``."""
+        q = self.q_proj(hidden_states)
+        if self.qk_norm:
+            q = self.normed(q, self.q_norm)
+        return self.split_query(q.unflatten(-1, (-1, self.config.query_dim)).transpose(1, 2))
+
+    def latent_inputs(self, hidden_states: Tensor) -> Tensor:
+        """What the latent is linear in: x, or ``[k_norm(k) | v]``."""
+        if not self.qk_norm:
+            return hidden_states
+        key = self.normed(self.k_proj(hidden_states), self.k_norm)
+        return torch.cat((key, self.v_proj(hidden_states)), dim=-1)
 
     def split_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries ``[B, H, S, N + R]`` to their nope and rope parts."""
+        """Queries as projected to their nope and rope parts."""
+        if self.qk_norm:
+            q = self.q_up_proj(q)
         nope, rope = torch.split(q, [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return nope, rope
+
+    def own_angles(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[B, S, R]`` of this layer: those of all layers, or its own of a stack."""
+        cos, sin = position_embeddings
+        return (cos, sin) if self.schedule is None else (cos[self.schedule], sin[self.schedule])
 
     def expand_kv(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, 1, T, C]`` and ``[B, 1, T, R]`` to keys ``[B, H, T, N + R]`` and values."""
@@ -131,16 +149,13 @@ class MLAttention(nn.Module):
             ``[B, H, S, T]``.
         """
         batch, length = hidden_states.shape[:-1]
-        q = self.q_proj(hidden_states).view(batch, length, -1, self.config.query_dim)
-        q_nope, q_rope = self.split_query(q.transpose(1, 2))
-        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        q_nope, q_rope = self.project_query(hidden_states)
+        compressed = self.kv_a_proj_with_mqa(self.latent_inputs(hidden_states))
         sizes = [self.kv_lora_rank, self.qk_rope_head_dim]
         latent, k_rope = torch.split(compressed, sizes, dim=-1)
         latent = self.kv_a_layernorm(latent).view(batch, 1, length, self.kv_lora_rank)
         k_rope = k_rope.view(batch, 1, length, self.qk_rope_head_dim)
-        cos, sin = position_embeddings
-        if self.own_frequencies:
-            cos, sin = cos[self.layer_idx], sin[self.layer_idx]
+        cos, sin = self.own_angles(position_embeddings)
         q_rope, k_rope = rotate(q_rope, cos, sin), rotate(k_rope, cos, sin)
         if past_key_values is not None:
             past = past_key_values.get_seq_length(self.layer_idx)
@@ -175,6 +190,8 @@ class MLAttention(nn.Module):
             # Its kernels that never hold all scores want values as wide as keys.
             missing = max(0, query.shape[-1] - value.shape[-1])
             value = nn.functional.pad(value, (0, missing)) if missing else value
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
         output, weights = attention(
             self,
             query,
@@ -226,6 +243,7 @@ class MLAttention(nn.Module):
             self.kv_lora_rank,
             softmax_scale=self.scaling,
             sliding_window=self.sliding_window,
+            soft_cap=self.softcap,
             cache_format=layer.cache_format,
         )
         return self.project(context.transpose(1, 2)), None
@@ -266,12 +284,6 @@ class EqualCacheAttention(MLAttention):
     absorbable.
     """
 
-    def add_up_projections(self, config: LatentConfig) -> None:
-        """Adds the up-projection of the queries."""
-        super().add_up_projections(config)
-        heads = config.num_attention_heads
-        self.q_up_proj = HeadProjection(heads, self.qk_rope_head_dim, config.query_dim)
-
     def split_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Queries ``[B, H, S, d]`` to an empty nope part and ``[B, H, S, R]``."""
         return q[..., :0], self.q_up_proj(q)
@@ -311,9 +323,9 @@ class ArticleAttention(MLAttention):
         ``position_embeddings`` serve the keys as well.
         """
         batch, length = hidden_states.shape[:-1]
-        q = self.q_proj(hidden_states).view(batch, length, -1, self.config.query_dim)
-        query = rotate(q.transpose(1, 2), *position_embeddings)
-        latent = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        query = self.project_query(hidden_states)[1]
+        query = rotate(query, *self.own_angles(position_embeddings))
+        latent = self.kv_a_proj_with_mqa(self.latent_inputs(hidden_states)).unsqueeze(1)
         c_v, c_k = latent.chunk(2, dim=-1)
         if past_key_values is not None:
             past = past_key_values.get_seq_length(self.layer_idx)
@@ -323,13 +335,17 @@ class ArticleAttention(MLAttention):
                 past_key_values.append(self.layer_idx, latent[:, 0])
                 if past > 0:
                     c_v, c_k, attention_mask = self.read_pages(past_key_values, query)
-        cos, sin = key_position_embeddings or position_embeddings
+        cos, sin = self.own_angles(key_position_embeddings or position_embeddings)
         total = c_k.shape[2]
         key = self.k_b_proj(c_k).view(batch, total, -1, self.qk_rope_head_dim).transpose(1, 2)
         value = self.v_b_proj(c_v).view(batch, total, -1, self.v_head_dim).transpose(1, 2)
         key = rotate(key, last_columns(cos, total), last_columns(sin, total))
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
+
+    def split_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, H, S, R]`` to an empty nope part and themselves."""
+        return q[..., :0], q
 
     def read_pages(self, cache: LatentCache, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All cached ``c_v`` and ``c_k`` a query can see, and the mask to go with them."""

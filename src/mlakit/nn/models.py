@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,42 +11,23 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaModel,
-)
-from transformers.models.mistral.modeling_mistral import (
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralModel,
-)
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2DecoderLayer,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-)
 
 from mlakit.nn.cache import LatentCache
-from mlakit.nn.configs import LatentConfig, MLALlamaConfig, MLAMistralConfig, MLAQwen2Config
-from mlakit.nn.latent_attention import (
-    FORMS,
-    HeadProjection,
-    LatentNorm,
-    MLAttention,
-)
-from mlakit.nn.rotary import LatentRotaryEmbedding
+from mlakit.nn.configs import CONFIGS, LatentConfig
+from mlakit.nn.latent_attention import FORMS, MLAttention
+from mlakit.nn.latent_parts import HeadProjection, LatentNorm
+from mlakit.nn.rotary import LatentRotaryEmbedding, inverse_frequencies
 
 
 def install_latent_attention(model: Any) -> None:
     """Replaces the attention and the rotary embedding of a family's bare decoder.
 
     Args:
-        model: a LlamaModel, MistralModel or Qwen2Model built with a LatentConfig.
+        model: a family's model, such as LlamaModel, built with a LatentConfig.
     """
     attention = FORMS[model.config.mla_form]
     for index, layer in enumerate(model.layers):
-        layer.self_attn = attention(model.config, index)
+        layer.self_attn = attention(model.config, index, type(model.norm))
     model.rotary_emb = LatentRotaryEmbedding(model.config)
     model.post_init()
 
@@ -58,9 +40,7 @@ def init_latent_weights(module: nn.Module, std: float) -> None:
     elif isinstance(module, HeadProjection):
         init.normal_(module.weight, mean=0.0, std=std)
     elif isinstance(module, LatentRotaryEmbedding):
-        frequencies = module.layer_frequencies()
-        if frequencies is not None and module.layer_inv_freq is not None:
-            init.copy_(module.layer_inv_freq, frequencies)
+        init.copy_(module.inv_freq, inverse_frequencies(module.config)[0])
 
 
 def prepare_step(
@@ -169,46 +149,49 @@ class LatentLanguageModel(PreTrainedModel):
         self.model = self.decoder(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name in ROUTING:
+            if hasattr(config, name):
+                setattr(self, name, getattr(config, name))
         self.post_init()
 
 
-class MLALlamaModel(LatentDecoder, LlamaModel):
-    """LlamaModel with latent attention."""
-
-    config_class = MLALlamaConfig
-    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": MLAttention}  # noqa: RUF012
+ROUTING = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+"""What the language models of families with experts keep of their config."""
 
 
-class MLALlamaForCausalLM(LatentLanguageModel, LlamaForCausalLM):
-    """LlamaForCausalLM with latent attention."""
-
-    config_class = MLALlamaConfig
-    decoder = MLALlamaModel
-
-
-class MLAMistralModel(LatentDecoder, MistralModel):
-    """MistralModel with latent attention."""
-
-    config_class = MLAMistralConfig
-    _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MLAttention}  # noqa: RUF012
-
-
-class MLAMistralForCausalLM(LatentLanguageModel, MistralForCausalLM):
-    """MistralForCausalLM with latent attention."""
-
-    config_class = MLAMistralConfig
-    decoder = MLAMistralModel
-
-
-class MLAQwen2Model(LatentDecoder, Qwen2Model):
-    """Qwen2Model with latent attention."""
-
-    config_class = MLAQwen2Config
-    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": MLAttention}  # noqa: RUF012
+def _classes(config: Any) -> tuple[Any, Any]:
+    """The decoder and the language model of a family's converted checkpoints."""
+    source = config.__mro__[2]
+    package = import_module(source.__module__.replace(".configuration_", ".modeling_"))
+    prefix = config.__name__.removeprefix("MLA").removesuffix("Config")
+    bare: Any = getattr(package, source.__name__.removesuffix("Config") + "Model")
+    causal: Any = getattr(package, f"{prefix}ForCausalLM")
+    outputs = {**bare._can_record_outputs, "attentions": MLAttention}
+    fields = {"config_class": config, "__module__": __name__}
+    decoder: Any = type(
+        f"MLA{prefix}Model",
+        (LatentDecoder, bare),
+        {
+            **fields,
+            "_can_record_outputs": outputs,
+            "__doc__": f"{prefix}Model with latent attention.",
+        },
+    )
+    name = f"MLA{prefix}ForCausalLM"
+    doc = f"{prefix}ForCausalLM with latent attention."
+    return decoder, type(
+        name, (LatentLanguageModel, causal), {**fields, "decoder": decoder, "__doc__": doc}
+    )
 
 
-class MLAQwen2ForCausalLM(LatentLanguageModel, Qwen2ForCausalLM):
-    """Qwen2ForCausalLM with latent attention."""
+MODELS = {family: _classes(config) for family, config in CONFIGS.items()}
+"""Decoder and language model of every family: ``MLALlamaModel``, ``MLALlamaForCausalLM``, ..."""
 
-    config_class = MLAQwen2Config
-    decoder = MLAQwen2Model
+
+def __getattr__(name: str) -> Any:
+    """The model classes by name, as pickle and ``from mlakit.nn.models import`` ask for them."""
+    for pair in MODELS.values():
+        for model in pair:
+            if model.__name__ == name:
+                return model
+    raise AttributeError(f"{__name__} has no {name}")

@@ -2,50 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mlakit.nn.configs import LatentConfig
 
 
-class LatentRotaryEmbedding(LlamaRotaryEmbedding):
+class LatentRotaryEmbedding(nn.Module):
     """cos and sin of width R: the family's own schedule of R / rope_blocks dims, repeated.
 
-    The schedule comes from transformers' functions, given a config whose head is one block wide;
-    transformers itself recomputes the frequencies after loading on the meta device.
+    A frequency is 0 where nothing turns: the last dimensions of a partly rotated head, and layers
+    without positions. Schedules that differ between layers are stacked, each once.
+
+    Args:
+        config: a config with LatentConfig's fields.
     """
 
     def __init__(self, config: LatentConfig) -> None:
-        super().__init__(config.rope_schedule())  # type: ignore[arg-type]
-        self.blocks = config.rope_blocks
-        self.given = config.rope_inv_freq
-        self.layer_inv_freq: Tensor | None
-        self.register_buffer("layer_inv_freq", self.layer_frequencies(), persistent=False)
-
-    def layer_frequencies(self) -> Tensor | None:
-        """The frequencies that a config gives each layer, ``[layers, R/2]``, if it does."""
-        return None if self.given is None else torch.tensor(self.given, dtype=torch.float32)
+        super().__init__()
+        self.config = config
+        frequencies, self.attention_scaling = inverse_frequencies(config)
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", frequencies, persistent=False)
 
     @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin ``[B, S, R]`` in x's dtype for ``position_ids`` ``[B, S]``.
 
-        Where each layer has its own frequencies all layers' are stacked: ``[layers, B, S, R]``.
+        Where layers differ the schedules are stacked, ``[schedules, B, S, R]``, whatever the
+        layer type that the family's model asks for; a layer picks by ``layer_schedules``.
         """
-        if self.layer_inv_freq is not None:
-            angles = position_ids[None, :, :, None].float() * self.layer_inv_freq[:, None, None]
-            angles = torch.cat((angles, angles), dim=-1)
-            scale = self.attention_scaling
-            return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
-        cos, sin = super().forward(x, position_ids)
-        if self.blocks == 1:
-            return cos, sin
-        half = cos.shape[-1] // 2
-        return (
-            cos[..., :half].repeat(1, 1, 2 * self.blocks),
-            sin[..., :half].repeat(1, 1, 2 * self.blocks),
-        )
+        frequencies = self.inv_freq
+        if frequencies.dim() > 1:
+            frequencies = frequencies[:, None, None]
+        angles = position_ids[..., None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        scale = self.attention_scaling
+        return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+
+
+def layer_schedules(config: LatentConfig) -> list[int] | None:
+    """Which of the stacked schedules each layer has; None where all have the same."""
+    keys = _keys(config)
+    distinct = list(dict.fromkeys(keys))
+    return [distinct.index(key) for key in keys] if len(distinct) > 1 else None
+
+
+def inverse_frequencies(config: LatentConfig) -> tuple[Tensor, float]:
+    """Frequencies ``[R/2]``, or ``[schedules, R/2]`` where layers differ, and a factor on cos, sin.
+
+    They come from transformers' functions, given a config whose head is one block wide. They are
+    real numbers even where a model is being built without memory, on the meta device.
+    """
+    with torch.device("cpu"):
+        return _inverse_frequencies(config)
+
+
+def _inverse_frequencies(config: LatentConfig) -> tuple[Tensor, float]:
+    if config.rope_inv_freq is not None:
+        table = torch.tensor(list(dict.fromkeys(_keys(config))), dtype=torch.float32)
+        return (table if len(table) > 1 else table[0]), 1.0
+    rows, scaling = [], 1.0
+    half = config.qk_rope_head_dim // config.rope_blocks // 2
+    layers = range(config.num_hidden_layers)
+    for rotated, layer_type in dict.fromkeys(config.layer_rope(layer) for layer in layers):
+        row = torch.zeros(half)
+        if rotated:
+            turning, scaling = _schedule(config, layer_type)
+            row[: len(turning)] = turning
+        rows.append(row.repeat(config.rope_blocks))
+    return (torch.stack(rows) if len(rows) > 1 else rows[0]), scaling
+
+
+def _keys(config: LatentConfig) -> list[Hashable]:
+    """Of each layer what its frequencies depend on."""
+    if config.rope_inv_freq is not None:
+        return [tuple(row) for row in config.rope_inv_freq]
+    return [config.layer_rope(layer) for layer in range(config.num_hidden_layers)]
+
+
+def _schedule(config: LatentConfig, layer_type: str | None) -> tuple[Tensor, float]:
+    """The turning frequencies of one block, and transformers' factor on cos and sin."""
+    schedule = config.rope_schedule(layer_type)
+    rope = schedule.rope_parameters
+    if rope["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](schedule, torch.device("cpu"))
+    dim = int(schedule.head_dim * rope.get("partial_rotary_factor", 1.0))
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    return 1.0 / (rope["rope_theta"] ** exponents), 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
