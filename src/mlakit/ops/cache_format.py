@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -67,6 +67,8 @@ class CacheFormat:
         qk_rope_head_dim: R, the columns after them, 16-bit in every quantised kind. (FlashMLA's
             MODEL1 counts them to the value too: 448 + 64 here, ``head_dim_v`` 512 there.)
         group: values per scale; by default the kind's own, 0 in plain kinds.
+        name: all of it in a word, as ``fp8:512+64/128``; see ``parse``. (A field, because compiled
+            code may take the numbers for symbols, which have no text.)
 
     Raises:
         UsageError: if the kind is unknown or a number is out of range.
@@ -76,6 +78,7 @@ class CacheFormat:
     kv_lora_rank: int
     qk_rope_head_dim: int
     group: int = 0
+    name: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in PLAIN and self.kind not in QUANTISED:
@@ -92,11 +95,8 @@ class CacheFormat:
             raise UsageError(f"a {self.kind} cache has no groups; leave group at 0")
         if self.kind in QUANTISED and not self.group:
             object.__setattr__(self, "group", QUANTISED[self.kind].group)
-
-    @property
-    def name(self) -> str:
-        """All of it in a word, as ``fp8:512+64/128``; see ``parse``."""
-        return f"{self.kind}:{self.kv_lora_rank}+{self.qk_rope_head_dim}/{self.group}"
+        name = f"{self.kind}:{self.kv_lora_rank}+{self.qk_rope_head_dim}/{self.group}"
+        object.__setattr__(self, "name", name)
 
     @classmethod
     def parse(cls, name: str) -> CacheFormat:
@@ -122,21 +122,21 @@ class CacheFormat:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token, the padding at a page's end left out."""
-        return sum(self._part_widths) * self.dtype.itemsize
+        return sum(self.part_widths) * self.dtype.itemsize
 
     def bytes_per_page(self, block_size: int) -> int:
         """Bytes from one page of ``block_size`` tokens to the next."""
         size = block_size * self.bytes_per_token
         if self.kind != "model1":
             return size
-        unit = math.lcm(*self._part_widths)
+        unit = math.lcm(*self.part_widths)
         return math.ceil(size / unit) * unit
 
     def allocate(
         self, num_blocks: int, block_size: int, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Pages ``[num_blocks, block_size, 1, C + R or bytes_per_token]``, not initialised."""
-        row = sum(self._part_widths)
+        row = sum(self.part_widths)
         stride = self.bytes_per_page(block_size) // self.dtype.itemsize
         memory = torch.empty(num_blocks, stride, dtype=self.dtype, device=device)
         return memory[:, : block_size * row].view(num_blocks, block_size, 1, row)
@@ -146,12 +146,13 @@ class CacheFormat:
 
         Args:
             pages: as ``allocate`` returns them.
-            slots: where each row goes, ``page * block_size + offset``, integers of any shape; see
-                ``slots_of``.
+            slots: where each row goes, ``page * block_size + offset``, integers of any shape, no
+                two the same; see ``slots_of``.
             rows: ``[*slots.shape, C + R]``, floating point.
 
         Raises:
-            UsageError: if shapes do not fit, or (seen on the CPU only) a slot is not in the cache.
+            UsageError: if shapes do not fit, or (seen on the CPU, in code that is not compiled) a
+                slot is not in the cache.
         """
         self.check(pages)
         if rows.shape != (*slots.shape, self.width):
@@ -161,7 +162,8 @@ class CacheFormat:
             )
         slots = slots.reshape(-1).long()
         room = pages.shape[0] * pages.shape[1]
-        if slots.device.type == "cpu" and ((slots < 0) | (slots >= room)).any():
+        seen = slots.device.type == "cpu" and not torch.compiler.is_compiling()
+        if seen and ((slots < 0) | (slots >= room)).any():
             raise UsageError(
                 f"slots run from {int(slots.min())} to {int(slots.max())}; the cache has {room}",
                 remedy="Leave out the tokens that are not to be stored.",
@@ -215,7 +217,7 @@ class CacheFormat:
 
     def check(self, pages: Tensor, name: str = "k_cache") -> None:
         """Refuse a tensor that is not pages of this format, with a message that says why."""
-        row = sum(self._part_widths)
+        row = sum(self.part_widths)
         if pages.dim() != 4 or pages.shape[2:] != (1, row):
             raise UsageError(
                 f"{name} has shape {list(pages.shape)}; {self.kind} pages of "
@@ -237,18 +239,19 @@ class CacheFormat:
             )
 
     @property
-    def _part_widths(self) -> tuple[int, ...]:
-        """Elements per token in each of a page's parts."""
+    def part_widths(self) -> tuple[int, ...]:
+        """Elements per token in each of a page's parts: one, but two in model1."""
         if self.kind in PLAIN:
             return (self.width,)
         rope = 2 * self.qk_rope_head_dim
         if self.kind == "model1":
-            return _align(self._code_bytes + rope, 4), _align(self.groups, 8)
+            return _align(self.code_bytes + rope, 4), _align(self.groups, 8)
         scales = QUANTISED[self.kind].scale_dtype.itemsize * self.groups
-        return (_align(self._code_bytes + scales + rope, 4),)
+        return (_align(self.code_bytes + scales + rope, 4),)
 
     @property
-    def _code_bytes(self) -> int:
+    def code_bytes(self) -> int:
+        """Bytes of a token's quantised values, padding included; of quantised kinds only."""
         return _align(math.ceil(self.kv_lora_rank * QUANTISED[self.kind].bits / 8), 4)
 
     def _parts(self, pages: Tensor) -> list[Tensor]:
@@ -259,7 +262,7 @@ class CacheFormat:
         if self.kind != "model1":
             return [pages.view(torch.uint8)[:, :, 0]]
         flat = pages.view(torch.uint8).view(blocks, block_size * row)
-        values, scales = self._part_widths
+        values, scales = self.part_widths
         return [
             flat[:, : block_size * values].view(blocks, block_size, values),
             flat[:, block_size * values :].view(blocks, block_size, scales),
@@ -269,7 +272,7 @@ class CacheFormat:
         """Typed views of byte rows: codes ``[N, ...]``, scales ``[N, groups]``, rope ``[N, R]``."""
         how = QUANTISED[self.kind]
         codes = parts[0][:, : math.ceil(self.kv_lora_rank * how.bits / 8)]
-        rope_at, scale_at = self._code_bytes, 0
+        rope_at, scale_at = self.code_bytes, 0
         size = how.scale_dtype.itemsize * self.groups
         if self.kind != "model1":
             rope_at, scale_at = rope_at + size, rope_at
@@ -282,7 +285,7 @@ class CacheFormat:
         if self.kind in PLAIN:
             return [rows.to(self.dtype)]
         how = QUANTISED[self.kind]
-        parts = [rows.new_zeros(len(rows), size, dtype=torch.uint8) for size in self._part_widths]
+        parts = [rows.new_zeros(len(rows), size, dtype=torch.uint8) for size in self.part_widths]
         codes, scales, rope = self._sections(parts)
         latent = rows[:, : self.kv_lora_rank].float()
         short = self.groups * self.group - self.kv_lora_rank
@@ -340,7 +343,7 @@ def _take(part: Tensor, slots: Tensor) -> Tensor:
     blocks, block_size, width = part.shape
     page, offset = slots // max(1, block_size), slots % max(1, block_size)
     rows_apart, rest = divmod(part.stride(0), max(1, part.stride(1)))
-    if rest or not part.numel():
+    if rest or not part.numel() or not part.stride(1):  # 0: one token expanded to all of a page
         return part[page, offset]
     # One row stride reaches every page: copying whole rows is ten times faster than indexing.
     reach = (blocks - 1) * rows_apart + block_size

@@ -7,6 +7,7 @@ Queries are packed: all of them in one axis N, sequence after sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -78,6 +79,32 @@ class DenseCall:
         """The fields as the operator takes them, the cache's format by its name."""
         *values, cache_format = (getattr(self, field.name) for field in fields(self))
         return (*values, cache_format.name if cache_format else "")
+
+    def used_pages(self) -> list[list[int]]:
+        """The page numbers each sequence uses, in order, the garbage after them cut off.
+
+        Reads ``cache_seqlens`` and ``block_table``.
+
+        Raises:
+            UsageError: if a length or a page number points outside of the table or the cache.
+        """
+        num_blocks, block_size = self.k_cache.shape[:2]
+        lengths = self.cache_seqlens.tolist()
+        used = []
+        for b, (table, length) in enumerate(zip(self.block_table.tolist(), lengths)):
+            if not 0 <= length <= self.capacity:
+                raise UsageError(
+                    f"cache_seqlens[{b}] is {length}; block_table has room for 0 to "
+                    f"{self.capacity} tokens"
+                )
+            pages = table[: -(-length // block_size)]
+            if pages and not 0 <= min(pages) <= max(pages) < num_blocks:
+                raise UsageError(
+                    f"block_table[{b}] uses pages {min(pages)} to {max(pages)}; k_cache has "
+                    f"{num_blocks}, counted from 0"
+                )
+            used.append(pages)
+        return used
 
     @classmethod
     def from_flat(cls, *values: Any) -> DenseCall:
@@ -189,7 +216,7 @@ def dense_call(
             "keys that a causal query sees, itself included",
             remedy="Pass None for no window, or a number from 1 on with causal=True.",
         )
-    if soft_cap is not None and not soft_cap > 0:
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
         raise UsageError(f"soft_cap is {soft_cap}; it should be above 0, or None for none")
     return DenseCall(
         q.flatten(0, 1) if q.dim() == 4 else q, k_cache, block_table, cache_seqlens, cu_seqlens_q,
@@ -236,7 +263,8 @@ def selection(
     else:
         shapes = [(batch,), (batch, queries)]
         check_vector(f"{prefix}topk_length", length, q, shapes, torch.int32)
-        counts = length.view(batch, -1).expand(batch, queries).reshape(-1)
+        per_query = length if length.dim() == 2 else length[:, None]
+        counts = per_query.expand(batch, queries).reshape(-1)
     return Selection(pages, fmt, indices.reshape(batch * queries, topk), counts)
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mlakit.ops.call import DenseCall, SparseCall
-from mlakit.ops.cpu_rows import page_rows, selected_rows, used_pages
+from mlakit.ops.cpu_rows import page_rows, selected_rows
 
-LOWEST = -1e30
+LOWEST = torch.finfo(torch.float32).min
 """Stands for a largest score where there is none, without being infinite."""
 
 
@@ -31,42 +31,43 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
         UsageError: if a length or a page number points outside of the table or the cache, or
             ``cu_seqlens_q`` does not divide the queries.
     """
-    heads = call.q.shape[1]
     kv_heads = call.k_cache.shape[2]
+    group = call.q.shape[1] // kv_heads
     dtype = _precision(call.q.dtype if call.cache_format is None else torch.float32)
-    q = call.q.detach().to(dtype).unflatten(1, (kv_heads, -1)).transpose(0, 1).contiguous()
-    out = q.new_zeros(*q.shape[:3], call.kv_lora_rank, dtype=torch.float32)  # [G, N, H / G, C]
-    lse = out.new_full((*q.shape[:3], 1), math.inf)
-    pages, lengths, starts = used_pages(call), call.cache_seqlens.tolist(), call.query_starts()
+    q = call.q.detach().unflatten(1, (kv_heads, group))
+    out = q.new_zeros(*q.shape[:3], call.kv_lora_rank, dtype=torch.float32)  # [N, G, H / G, C]
+    lse = out.new_full(q.shape[:3], math.inf)
+    pages, lengths, starts = call.used_pages(), call.cache_seqlens.tolist(), call.query_starts()
 
     for sequence, length in enumerate(lengths):
         start, stop = starts[sequence : sequence + 2]
         start = max(start, stop - length) if call.causal else start  # the first that sees a key
         if start == stop or not length:
             continue
-        first, visible = _visible(call, stop - start, length, heads // kv_heads)
+        first, visible = _visible(call, stop - start, length, group)
         for g in range(kv_heads):
-            at = (g, slice(start, stop))
-            rows, outs, levels = (x[at].flatten(0, 1) for x in (q, out, lse))
             pieces = page_rows(call, g, pages[sequence], first, length, dtype)
-            _attend(rows, outs, levels, pieces, call.softmax_scale, call.soft_cap, visible, first)
-    return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1)
+            attended, level, _ = _attend(
+                q[start:stop, g].flatten(0, 1), pieces, dtype, call.kv_lora_rank,
+                call.softmax_scale, call.soft_cap, visible, first,
+            )  # fmt: skip
+            out[start:stop, g] = attended.view(stop - start, group, call.kv_lora_rank)
+            lse[start:stop, g] = level.view(stop - start, group)
+    return out.flatten(1, 2), lse.flatten(1)
 
 
 def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
     """``mla_sparse_decode`` for CPU tensors of at most 32 bits, and the largest score."""
-    queries, heads = call.q.shape[:2]
     plain = all(selection.pages.dtype == call.q.dtype for selection in call.selections)
     dtype = _precision(call.q.dtype if plain else torch.float32)
-    q = call.q.detach().to(dtype)
-    out = q.new_zeros(queries, heads, call.kv_lora_rank, dtype=torch.float32)
-    lse = out.new_full((queries, heads, 1), math.inf)
-    top = out.new_full((queries, heads, 1), -math.inf)
+    q = call.q.detach()
+    out = q.new_empty(*q.shape[:2], call.kv_lora_rank, dtype=torch.float32)
+    lse, top = out.new_empty(q.shape[:2]), out.new_empty(q.shape[:2])
 
-    for n in range(queries):
+    for n in range(q.shape[0]):
         pieces = chain.from_iterable(selected_rows(some, n, dtype) for some in call.selections)
-        _attend(q[n], out[n], lse[n], pieces, call.softmax_scale, top=top[n])
-    return out, lse[..., 0], top[..., 0]
+        out[n], lse[n], top[n] = _attend(q[n], pieces, dtype, call.kv_lora_rank, call.softmax_scale)
+    return out, lse, top
 
 
 def _precision(stored: torch.dtype) -> torch.dtype:
@@ -96,38 +97,44 @@ def _visible(
     first = max(0, length - queries + 1 - window)
     if queries == 1:
         return first, None
-    stop = torch.arange(length - queries + 1, length + 1).repeat_interleave(group).unsqueeze(1)
+    stop = torch.arange(length - queries + 1, length + 1, device="cpu")
+    stop = stop.repeat_interleave(group).unsqueeze(1)
     return first, (stop - window, stop)
 
 
 def _attend(
     q: Tensor,
-    out: Tensor,
-    lse: Tensor,
     pieces: Iterator[Tensor],
+    dtype: torch.dtype,
+    rank: int,
     softmax_scale: float,
     soft_cap: float = 0.0,
     visible: tuple[Tensor, Tensor] | None = None,
     first: int = 0,
-    top: Tensor | None = None,
-) -> None:
-    """Online softmax over the rows of one sequence and kv head; fills ``out`` and ``lse``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Online softmax over the rows of one sequence and kv head.
 
-    Without any piece it leaves them as they are.
+    Everything that is multiplied lies in memory of its own: where a matrix begins may change how
+    the library sums, and a result should not depend on who else is in the batch.
 
     Args:
-        q: queries ``[rows, W]``, every one of which sees some key.
-        out: ``[rows, C]``, float32.
-        lse: ``[rows, 1]``, float32.
-        pieces: cache rows ``[tokens, row]`` in q's dtype, in order.
+        q: queries ``[rows, W]``, every one of which sees some key, if there is any.
+        pieces: cache rows ``[tokens, row]`` of ``dtype``, in order.
+        dtype: what is multiplied.
+        rank: columns of a row that are its value.
         softmax_scale: as in DenseCall.
         soft_cap: as in DenseCall.
         visible: first key each row sees and the one after its last; None for all.
         first: number of the first key in the pieces.
-        top: gets each row's largest score, ``[rows, 1]``, float32.
+
+    Returns:
+        float32: out ``[rows, rank]``, lse and the largest score ``[rows]``; 0, +inf and -inf
+        without any piece.
     """
-    width, rank = q.shape[1], out.shape[1]
-    peak = total = torch.empty(0)
+    width = q.shape[1]
+    q = q.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    out = q.new_zeros(q.shape[0], rank, dtype=torch.float32)
+    peak = total = q.new_empty(0)
     start = first
     for rows in pieces:
         stop = start + rows.shape[0]
@@ -137,7 +144,7 @@ def _attend(
         else:
             scores.mul_(softmax_scale / math.log(2.0))
         if visible is not None:
-            key = torch.arange(start, stop)
+            key = torch.arange(start, stop, device="cpu")
             scores.masked_fill_((key < visible[0]) | (key >= visible[1]), -math.inf)
         new_peak = scores.amax(1, keepdim=True)
         if visible is not None:  # a row may see nothing of this piece
@@ -150,17 +157,15 @@ def _attend(
         weights = scores.sub_(new_peak).exp2_()
         sums = weights.sum(1, keepdim=True)
         total = total.add_(sums) if start > first else sums
-        if q.dtype == torch.float32:
+        if dtype == torch.float32:
             out.addmm_(weights, rows[:, :rank])
         else:
-            out.add_(torch.mm(weights.to(q.dtype), rows[:, :rank]))
+            out.add_(torch.mm(weights.to(dtype), rows[:, :rank]))
         peak, start = new_peak, stop
     if start == first:
-        return
-    if top is not None:
-        torch.mul(peak, math.log(2.0), out=top)
-    out.div_(total)
-    torch.mul(peak.add_(total.log2_()), math.log(2.0), out=lse)
+        return out, out.new_full((len(out),), math.inf), out.new_full((len(out),), -math.inf)
+    lse = total.log2().add_(peak)
+    return out.div_(total), lse.mul_(math.log(2.0))[:, 0], peak.mul_(math.log(2.0))[:, 0]
 
 
 def _products(q: Tensor, keys: Tensor) -> Tensor:

@@ -13,37 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mlakit.errors import UsageError
 from mlakit.ops.cache_format import CacheFormat
 from mlakit.ops.call import DenseCall, Selection
 
 CHUNK = 512
 """Tokens per piece in float32, 1.2 MB at 576 columns; as many bytes in other dtypes."""
-
-
-def used_pages(call: DenseCall) -> list[list[int]]:
-    """The page numbers each sequence uses, in order; the garbage after them is cut off.
-
-    Raises:
-        UsageError: if a length or a page number points outside of the table or the cache.
-    """
-    num_blocks, block_size = call.k_cache.shape[:2]
-    lengths = call.cache_seqlens.tolist()
-    used = []
-    for b, (table, length) in enumerate(zip(call.block_table.tolist(), lengths)):
-        if not 0 <= length <= call.capacity:
-            raise UsageError(
-                f"cache_seqlens[{b}] is {length}; block_table has room for 0 to {call.capacity} "
-                "tokens"
-            )
-        pages = table[: -(-length // block_size)]
-        if pages and not 0 <= min(pages) <= max(pages) < num_blocks:
-            raise UsageError(
-                f"block_table[{b}] uses pages {min(pages)} to {max(pages)}; k_cache has "
-                f"{num_blocks}, counted from 0"
-            )
-        used.append(pages)
-    return used
 
 
 def page_rows(
@@ -61,13 +35,14 @@ def page_rows(
     """
     cache, block_size = call.k_cache.detach(), call.k_cache.shape[1]
     if call.cache_format is not None:
-        starts = torch.tensor(pages).mul_(block_size)
-        slots = (starts[:, None] + torch.arange(block_size)).flatten()[first:length]
+        starts = torch.tensor(pages, device="cpu").mul_(block_size)
+        offsets = torch.arange(block_size, device="cpu")
+        slots = (starts[:, None] + offsets).flatten()[first:length]
         yield from stored_rows(cache, call.cache_format, slots, dtype)
         return
     cache = cache[:, :, kv_head]
     step = max(1, _tokens(dtype) // block_size)
-    gathered = torch.empty(min(step, len(pages)), block_size, call.row, dtype=cache.dtype)
+    gathered = cache.new_empty(min(step, len(pages)), block_size, call.row)
     converted = gathered if dtype == cache.dtype else torch.empty_like(gathered, dtype=dtype)
     for column in range(first // block_size, len(pages), step):
         some = pages[column : column + step]
@@ -78,7 +53,7 @@ def page_rows(
             rows = cache[some[0] : some[0] + len(some)]
         else:
             rows = gathered[: len(some)]
-            torch.index_select(cache, 0, torch.tensor(some), out=rows)
+            torch.index_select(cache, 0, torch.tensor(some, device="cpu"), out=rows)
         rows = rows.flatten(0, 1)[begin:stop]
         if dtype != cache.dtype:
             rows = converted.flatten(0, 1)[begin:stop].copy_(rows)
@@ -97,7 +72,7 @@ def stored_rows(
 ) -> Iterator[Tensor]:
     """The rows at ``slots``, dequantised."""
     step = _tokens(dtype)
-    buffer = torch.empty(min(step, len(slots)), cache_format.width, dtype=dtype)
+    buffer = pages.new_empty(min(step, len(slots)), cache_format.width, dtype=dtype)
     for first in range(0, len(slots), step):
         some = slots[first : first + step]
         yield cache_format.read_into(buffer[: len(some)], pages, some)

@@ -73,23 +73,21 @@ def mla_decode(
         causal=causal, sliding_window=sliding_window, soft_cap=soft_cap, cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q, cache_format=cache_format, batch_invariant=batch_invariant,
     )  # fmt: skip
-    out, lse = _decode(q, *call.flat()[1:])
-    return out, lse
+    out, lse = _decode(*call.flat())
+    if q.dim() == 4:
+        out, lse = out.view(*q.shape[:3], kv_lora_rank), lse.view(q.shape[:3])
+    return out, lse.mT.contiguous()
 
 
-def _run(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    packed = q.dim() == 3
-    call = DenseCall.from_flat(q if packed else q.flatten(0, 1), *rest)
+def _run(*fields: Any) -> tuple[Tensor, Tensor]:
+    call = DenseCall.from_flat(*fields)
     choice = choose(call, os.environ.get("MLAKIT_KERNEL"))
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(call.q.device.type, enabled=False):
         out, lse = implementation(choice.name).decode(call)
-    out, lse = out.to(q.dtype), lse.float()
-    if not packed:
-        out, lse = out.view(*q.shape[:3], call.kv_lora_rank), lse.view(q.shape[:3])
-    return out.contiguous(), lse.mT.contiguous()
+    return out.to(call.q.dtype).contiguous(), lse.float().contiguous()
 
 
-# One field of DenseCall each, but q as mla_decode has it.
+# One argument per field of DenseCall: out [N, H, C] and lse [N, H] of packed queries.
 _decode = torch.library.custom_op(
     "mlakit::mla_decode",
     _run,
@@ -103,5 +101,4 @@ _decode = torch.library.custom_op(
 
 @_decode.register_fake
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    return q.new_empty(*q.shape[:-1], rest[5]), lse.mT.contiguous()
+    return q.new_empty(*q.shape[:2], rest[5]), q.new_empty(q.shape[:2], dtype=torch.float32)

@@ -53,6 +53,8 @@ def get_mla_metadata(
     num_heads_q: int | None = None,
     is_fp8_kvcache: bool = False,
     topk: int | None = None,
+    *,
+    num_q_tokens_per_head_k: int | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[TileSchedule, None]:
     """Plan a decoding step; call it once per step and hand the result to every layer.
 
@@ -63,6 +65,7 @@ def get_mla_metadata(
         num_heads_q: query heads; has no influence.
         is_fp8_kvcache: whether the cache is fp8; has no influence.
         topk: indices per query of sparse attention, which replace the lengths.
+        num_q_tokens_per_head_k: what FlashMLA calls ``num_heads_per_head_k`` since September 2025.
 
     Returns:
         Without arguments ``(TileSchedule(), None)``. With the first three
@@ -76,6 +79,8 @@ def get_mla_metadata(
     Raises:
         UsageError: if only some of the arguments are given, or they are out of range.
     """
+    if num_heads_per_head_k is None:
+        num_heads_per_head_k = num_q_tokens_per_head_k
     if cache_seqlens is None and num_heads_per_head_k is None and num_heads_k is None:
         return TileSchedule(), None
     if cache_seqlens is None or num_heads_per_head_k is None or num_heads_k is None:
@@ -217,6 +222,7 @@ def tile_schedule(lengths: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return rows, splits.to(torch.int32)
 
 
+@torch.compiler.assume_constant_result
 def _processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count

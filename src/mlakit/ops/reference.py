@@ -30,9 +30,9 @@ def decode(call: DenseCall, dtype: torch.dtype = torch.float64) -> tuple[Tensor,
     group = heads // call.k_cache.shape[2]
     out = torch.zeros(queries, heads, call.kv_lora_rank, dtype=dtype, device=call.q.device)
     lse = torch.full((queries, heads), math.inf, dtype=dtype, device=call.q.device)
-    starts = call.query_starts()
+    starts, pages = call.query_starts(), call.used_pages()
     for b, length in enumerate(call.cache_seqlens.tolist()):
-        rows = _rows(call, b, length, dtype)
+        rows = _rows(call, pages[b], length, dtype)
         for n in range(starts[b], starts[b + 1]):
             stop = length - (starts[b + 1] - 1 - n) if call.causal else length
             first = max(0, stop - call.sliding_window) if call.sliding_window else 0
@@ -72,10 +72,10 @@ def decode_selected(
     return out, lse, top
 
 
-def _rows(call: DenseCall, b: int, length: int, dtype: torch.dtype) -> Tensor:
-    """The cache rows of sequence b, ``[length, G, row]``."""
+def _rows(call: DenseCall, used: list[int], length: int, dtype: torch.dtype) -> Tensor:
+    """The rows of a sequence that uses these pages, ``[length, G, row]``."""
     block_size = call.k_cache.shape[1]
-    pages = call.block_table[b, : math.ceil(length / block_size)].long()
+    pages = torch.tensor(used, dtype=torch.int64, device=call.k_cache.device)
     if call.cache_format is None:
         return call.k_cache[pages].flatten(0, 1)[:length].to(dtype)
     slots = pages[:, None] * block_size + torch.arange(block_size, device=pages.device)

@@ -56,9 +56,20 @@ class _Softmax:
 
 
 def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
-    """``mla_decode`` in float32, or in float64 for float64 tensors."""
-    if call.batch_invariant and call.batch_size > 1:
+    """``mla_decode`` in float32, or in float64 for float64 tensors.
+
+    Raises:
+        UsageError: on the CPU, where to look costs no wait, if a length or a page number points
+            outside of the table or the cache, or ``cu_seqlens_q`` does not divide the queries.
+    """
+    if call.batch_invariant and call.batch_size:
         return _one_by_one(call)
+    if call.q.device.type == "cpu":
+        call.used_pages(), call.query_starts()
+    return _together(call)
+
+
+def _together(call: DenseCall) -> tuple[Tensor, Tensor]:
     if call.cu_seqlens_q is None:
         padded = call.q.unflatten(0, (call.batch_size, call.max_seqlen_q))
         counts = torch.full_like(call.cache_seqlens, call.max_seqlen_q)
@@ -73,8 +84,9 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
         )
     padded = call.q[(starts[:, None] + place).clamp_max(queries - 1)]
     out, lse = _decode(call, padded, counts)
-    sequence = torch.repeat_interleave(counts, output_size=queries)
-    place = torch.arange(queries, device=call.q.device) - starts[sequence]
+    query = torch.arange(queries, device=call.q.device)
+    sequence = torch.searchsorted(call.cu_seqlens_q[1:], query, right=True)
+    place = query - starts[sequence]
     return out[sequence, place], lse[sequence, place]
 
 
@@ -102,7 +114,11 @@ def _decode(call: DenseCall, q: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]
 
 def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
     """``mla_sparse_decode`` in the precision of ``decode``, and the largest score."""
-    width = call.q.shape[2]
+    queries, _, width = call.q.shape
+    if call.batch_invariant and queries > 1:
+        results = [decode_selected(_query(call, n)) for n in range(queries)]
+        out, lse, top = (torch.cat(parts) for parts in zip(*results))
+        return out, lse, top
     precision = torch.promote_types(call.q.dtype, torch.float32)
     q = call.q.detach().to(precision) * call.softmax_scale
     softmax = _Softmax(tuple(q.shape[:2]), call.kv_lora_rank, q)
@@ -114,19 +130,28 @@ def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, softmax.peak.squeeze(-1)
 
 
+def _query(call: SparseCall, n: int) -> SparseCall:
+    """The call for one of the queries."""
+    at = slice(n, n + 1)
+    selections = tuple(
+        some._replace(slots=some.slots[at], counts=some.counts[at]) for some in call.selections
+    )
+    return replace(call, q=call.q[at], selections=selections)
+
+
 def _one_by_one(call: DenseCall) -> tuple[Tensor, Tensor]:
     """Every sequence by itself, with as much of the table as it uses; waits for the lengths."""
     starts, results = call.query_starts(), []
-    for b, length in enumerate(call.cache_seqlens.tolist()):
+    for b, pages in enumerate(call.used_pages()):
         alone = replace(
             call,
             q=call.q[starts[b] : starts[b + 1]],
-            block_table=call.block_table[b : b + 1, : -(-length // call.k_cache.shape[1])],
+            block_table=call.block_table[b : b + 1, : len(pages)],
             cache_seqlens=call.cache_seqlens[b : b + 1],
             cu_seqlens_q=None,
             max_seqlen_q=starts[b + 1] - starts[b],
         )
-        results.append(decode(alone))
+        results.append(_together(alone))
     outs, lses = zip(*results)
     return torch.cat(outs), torch.cat(lses)
 
