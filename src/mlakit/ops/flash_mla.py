@@ -73,8 +73,8 @@ def get_mla_metadata(
         ``cache_seqlens``: per part its first request and block, its last request and the block
         after its last, the number of the split that its first request is in, and three zeros (the
         last request of a part without work comes before its first); and the number of splits
-        before each request. A part is a streaming multiprocessor, on the CPU a torch thread. A
-        CUDA graph captures the call: nothing is read on the host.
+        before each request. A part is a streaming multiprocessor, on the CPU a torch thread
+        (in compiled code, which cannot ask, all of them). A CUDA graph captures the call: nothing is read on the host.
 
     Raises:
         UsageError: if only some of the arguments are given, or they are out of range.
@@ -222,11 +222,10 @@ def tile_schedule(lengths: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return rows, splits.to(torch.int32)
 
 
-@torch.compiler.assume_constant_result
 def _processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.get_num_threads()
+    return 1 if torch.compiler.is_compiling() else torch.get_num_threads()
 
 
 def _fp8_format(q: Tensor, k_cache: Tensor, head_dim_v: int) -> CacheFormat:
