@@ -63,7 +63,8 @@ def mla_decode(
         packed queries ``[N, H, C]`` and ``[H, N]``. A row that sees no key has out 0 and lse +inf.
 
     Raises:
-        UsageError: if shapes, dtypes or devices do not fit.
+        UsageError: if shapes, dtypes or devices do not fit; on the CPU, where looking costs no
+            wait for a device, also if lengths, page numbers or ``cu_seqlens_q`` point outside.
 
     The layout, the order of the arguments and the treatment of empty rows are FlashMLA's. Forward
     only: training uses the expanded form.

@@ -74,7 +74,8 @@ def get_mla_metadata(
         after its last, the number of the split that its first request is in, and three zeros (the
         last request of a part without work comes before its first); and the number of splits
         before each request. A part is a streaming multiprocessor, on the CPU a torch thread
-        (in compiled code, which cannot ask, all of them). A CUDA graph captures the call: nothing is read on the host.
+        (in compiled code, which cannot ask how many there are, all of them). A CUDA graph captures
+        the call: nothing is read on the host.
 
     Raises:
         UsageError: if only some of the arguments are given, or they are out of range.
