@@ -1,0 +1,249 @@
+"""Family by family: converted models compute what transformers' own classes compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from mlakit.checkpoint import open_checkpoint
+from mlakit.conversion.apply import convert
+from mlakit.errors import UnsupportedModelError
+from mlakit.families import FAMILIES, read_model
+from mlakit.inspection import inspect
+from mlakit.nn.hf import load, new_cache
+from mlakit.nn.trace import trace_model
+from tiny_models import TEXT, save_tiny
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+TIED = {"tie_word_embeddings": True}
+LOCAL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-llama3-bias": {"rope_parameters": LLAMA3, "attention_bias": True},
+    "mistral-window": {"sliding_window": 9},
+    "qwen2-window-tied": {**WINDOW, **TIED},
+    "qwen3-tied": TIED,
+    "qwen3-bias-window": {"attention_bias": True, **WINDOW},
+    "granite-bias": {
+        "attention_bias": True,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    },
+    "olmo2": {},
+    "olmo2-bias-tied": {"attention_bias": True, **TIED},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "smollm3-window": {"no_rope_layers": [0, 1], "sliding_window": 9, "use_sliding_window": True},
+    "gemma2": {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 5.0, "sliding_window": 9},
+    "gemma2-bias": {"attention_bias": True, "attn_logit_softcapping": None, "sliding_window": 9},
+    "gemma3_text": {"query_pre_attn_scalar": 12, **LOCAL},
+    "gemma3_text-bias": {"attention_bias": True, "sliding_window": 9, "tie_word_embeddings": False},
+    "mixtral": {"num_local_experts": 4},
+    "mixtral-window": {"num_local_experts": 3, "sliding_window": 9},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2},
+    "qwen3_moe": {**EXPERTS, "mlp_only_layers": [1]},
+    "phi3-window": {"sliding_window": 9},
+    "phi3-partial": {"partial_rotary_factor": 0.5},
+    "glm": {},
+    "glm-no-bias": {"attention_bias": False, "partial_rotary_factor": 0.25},
+}
+"""Families with what sets their attention apart: config keys."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "transmla": {"method": "transmla", "freqfold": 1},
+    "mlakit": {"method": "mlakit"},
+}
+
+IDS = torch.arange(2 * 256).view(2, 256) * 7 % 50
+"""Four times the calibration windows of 64 tokens."""
+
+EXACT = 5e-6
+"""Relative error of float32 logits: rounding of weights (2^-24), times about ten for the sharp
+attention of these models. Measured 3e-7 to 1.2e-6."""
+
+
+def save(folder: Path, case: str, **changes: Any) -> Path:
+    options = {"pad_token_id": None, "max_position_embeddings": 256, **CASES[case], **changes}
+    return save_tiny(folder, case.split("-")[0], **options)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def check_saved(folder: Path, plan: Any, tmp_path: Path) -> torch.Tensor:
+    """Loaded, decoded in steps and saved again, a converted model stays the same; its logits."""
+    result = open_checkpoint(folder)
+    assert read_model(result.config).layers == plan.layers
+    assert {t.name: (t.shape, t.nbytes) for t in plan.tensors} == {
+        name: (result.shape(name), result.nbytes(name)) for name in result.names
+    }
+    model = load(folder)
+    found = logits(model)
+    cache = new_cache(model, len(IDS), IDS.shape[1])
+    steps = torch.cat(
+        [
+            model(input_ids=part, past_key_values=cache, use_cache=True).logits
+            for part in IDS.split((200, 50, *[1] * 6), dim=1)
+        ],
+        dim=1,
+    )
+    assert relative_error(steps, found) < EXACT
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), found)
+    return found
+
+
+def test_equal_cache_computes_the_same_function(source: Path, tmp_path: Path) -> None:
+    plan = convert(source, tmp_path / "out", equal_cache=True)
+    assert plan.cache_ratio == 1
+    found = check_saved(tmp_path / "out", plan, tmp_path)
+    assert relative_error(found, logits(load(source))) < EXACT
+    original, result = open_checkpoint(source), open_checkpoint(tmp_path / "out")
+    copied = [tensor.name for tensor in plan.tensors if tensor.copied]
+    assert all(torch.equal(result.read(name), original.read(name)) for name in copied)
+    blocks = {name for name in original.names if ".mlp." in name or "experts" in name}
+    assert blocks <= set(copied)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_scaled_as_in_large_models(case: str, tmp_path: Path) -> None:
+    """Norms, biases and channels that stand out. The source's own rounding is the measure."""
+    folder = save(tmp_path / "source", case, rough=True)
+    convert(folder, tmp_path / "out", equal_cache=True)
+    exact = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    expected = logits(exact)
+    own = relative_error(logits(load(folder)), expected)
+    # A product of float32 matrices in place of one of them rounds a few times as much.
+    assert relative_error(logits(load(tmp_path / "out")), expected) < max(EXACT, 10 * own)
+
+
+def test_articles_form_computes_the_same_function(source: Path, tmp_path: Path) -> None:
+    plan = convert(source, tmp_path / "out", equal_cache=True, form="article")
+    found = check_saved(tmp_path / "out", plan, tmp_path)
+    assert relative_error(found, logits(load(source))) < EXACT
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CASES)
+def test_full_rank_is_exact_with_one_key_head(
+    case: str, method: str, text: Path, tmp_path: Path
+) -> None:
+    """With one key head nothing loses its rotation, and at full rank nothing else is lost."""
+    folder = save(tmp_path / "source", case, num_key_value_heads=1)
+    options: dict[str, Any] = {**METHODS[method], "cache_ratio": 1.0, "calibration_tokens": 128}
+    plan = convert(folder, tmp_path / "out", calibration=text, **options)
+    found = check_saved(tmp_path / "out", plan, tmp_path)
+    # As EXACT; the two halves of a covariance with eigenvalues down to rounding cost some more.
+    assert relative_error(found, logits(load(folder))) < 4 * EXACT
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_the_cache(source: Path, method: str, text: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**METHODS[method], "cache_ratio": 0.5, "calibration_tokens": 128}
+    rope = read_model(json.loads((source / "config.json").read_text())).layers[-1].rotary_dim
+    if rope > 2:
+        options |= {"qk_rope_head_dim": rope // 2, "freqfold": "auto"}
+    plan = convert(source, tmp_path / "out", calibration=text, **options)
+    assert plan.cache_ratio == 0.5
+    assert bool(check_saved(tmp_path / "out", plan, tmp_path).isfinite().all())
+
+
+def test_fused_experts_stay_fused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "source", "mixtral")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = logits(model)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert any(name.endswith("experts.gate_up_proj") for name in open_checkpoint(folder).names)
+    convert(folder, tmp_path / "out", equal_cache=True)
+    assert relative_error(logits(load(tmp_path / "out")), expected) < EXACT
+
+
+@pytest.mark.parametrize("case", ["qwen3-tied", "olmo2", "gemma2", "gemma3_text", "phi3-window"])
+def test_trace_and_inspect_read_the_result(case: str, text: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "source", case)
+    for name, options in {"equal": {"equal_cache": True}, "half": {"cache_ratio": 0.5}}.items():
+        convert(folder, tmp_path / name, calibration=text, calibration_tokens=128, **options)
+        model = load(tmp_path / name)
+        told = trace_model(model, IDS[0, :6].tolist()).text()
+        assert "c_kv" in told and "W_0" in told
+        assert inspect(tmp_path / name).layers[0].kind == "mla"
+    assert inspect(folder).conversion == "yes"
+
+
+BOTH = {"use_bidirectional_attention": True}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "case,change,word",
+    [
+        ("gemma2", BOTH, "use_bidirectional_attention"),
+        ("gemma3_text", BOTH, "use_bidirectional_attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("phi3-window", {"rope_parameters": LONGROPE}, "longrope"),
+        ("qwen3-tied", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("olmo2", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ("llama", {"model_type": "gpt_neox"}, "gpt_neox"),
+        ("llama", {"model_type": "stablelm"}, "stablelm"),
+        ("llama", {"model_type": "deepseek_v3"}, "deepseek_v3"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_by_name(
+    case: str, change: dict[str, Any], word: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "source", case)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UnsupportedModelError, match=word) as caught:
+        convert(folder, tmp_path / "out", equal_cache=True)
+    assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
+
+
+def test_every_convertible_family_is_in_the_matrix() -> None:
+    tested = {case.split("-")[0] for case in CASES}
+    assert tested == {name for name, row in FAMILIES.items() if not row.obstacle}
