@@ -128,6 +128,15 @@ def test_one_token_expanded_to_a_cache(dtype):
         assert all(torch.equal(*pair) for pair in zip(got, want))
 
 
+def test_append_takes_tensors_of_one_device():
+    """Values of another device would go nowhere, in silence where that device is meta."""
+    fmt = CacheFormat("fp8", 16, 8)
+    pages, slots, rows = fmt.allocate(4, 16), torch.arange(3), torch.ones(3, 24)
+    for tensors in ((slots.to("meta"), rows), (slots, rows.to("meta"))):
+        with pytest.raises(UsageError, match="all should be on one device"):
+            fmt.append(pages, *tensors)
+
+
 def test_selections_of_no_sequence():
     nothing = torch.zeros(0, 2, 5, dtype=torch.int32)
     out, lse, top = mla_sparse_decode(

@@ -151,7 +151,7 @@ class CacheFormat:
             rows: ``[*slots.shape, C + R]``, floating point.
 
         Raises:
-            UsageError: if shapes do not fit, or (seen on the CPU, in code that is not compiled) a
+            UsageError: if shapes or devices do not fit, or (seen on the CPU, in code that is not compiled) a
                 slot is not in the cache.
         """
         self.check(pages)
@@ -159,6 +159,11 @@ class CacheFormat:
             raise UsageError(
                 f"rows have shape {list(rows.shape)} for slots {list(slots.shape)}; they should "
                 f"be {[*slots.shape, self.width]}"
+            )
+        if not pages.device == slots.device == rows.device:
+            raise UsageError(
+                f"the pages are on {pages.device}, slots on {slots.device} and rows on "
+                f"{rows.device}; all should be on one device"
             )
         slots = slots.reshape(-1).long()
         room = pages.shape[0] * pages.shape[1]

@@ -276,7 +276,10 @@ def check_vector(
         allowed = " or ".join(str(list(shape)) for shape in shapes)
         raise UsageError(f"{name} has shape {list(tensor.shape)}; it should be {allowed}")
     if tensor.dtype != dtype:
-        raise UsageError(f"{name} is {tensor.dtype}; it should be {str(dtype).split('.')[1]}")
+        raise UsageError(
+            f"{name} is {tensor.dtype}; it should be {str(dtype).split('.')[1]}",
+            remedy=f"Pass {name}.to({dtype}).",
+        )
     _check_device(q, tensor, name)
 
 
@@ -352,4 +355,7 @@ def _check_widths(q: Tensor, row: int, kv_lora_rank: int) -> None:
 
 def _check_device(q: Tensor, tensor: Tensor, name: str) -> None:
     if tensor.device != q.device:
-        raise UsageError(f"{name} is on {tensor.device} and q on {q.device}; use one device")
+        raise UsageError(
+            f"{name} is on {tensor.device} and q on {q.device}; both should be on one device",
+            remedy=f"Pass {name}.to(q.device).",
+        )

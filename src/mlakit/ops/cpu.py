@@ -114,8 +114,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Online softmax over the rows of one sequence and kv head.
 
-    Everything that is multiplied lies in memory of its own: where a matrix begins may change how
-    the library sums, and a result should not depend on who else is in the batch.
+    Queries and results are put into memory of their own, as rows are for batch invariance: where a
+    matrix begins may change how a product is summed.
 
     Args:
         q: queries ``[rows, W]``, every one of which sees some key, if there is any.

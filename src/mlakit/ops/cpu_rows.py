@@ -1,7 +1,7 @@
 """Where the CPU path's cache rows come from: pages, quantised pages, rows chosen one by one.
 
 Each function cuts what a query attends to into pieces ``[tokens, row]``, each valid until the next
-is asked for: a piece is small enough to stay in the core's cache between the two products that
+is asked for: a piece is small enough to stay in the CPU's caches between the two products that
 read it, so memory is read once. Pages that lie side by side are taken as one piece, without a copy
 where they hold the piece's dtype already.
 """

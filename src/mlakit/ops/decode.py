@@ -50,7 +50,8 @@ def mla_decode(
             section 2); None for as they are.
         cu_seqlens_q: for sequences with different numbers of queries, where each one's start in
             N, int32 ``[B + 1]`` from 0 to N.
-        max_seqlen_q: then, the most queries of one sequence; a larger number costs time only.
+        max_seqlen_q: then, the most queries of one sequence; a larger number only
+            costs time and memory.
         cache_format: how quantised pages hold their tokens; rows are dequantised where they are
             used, never the whole cache. ``kv_lora_rank`` may include its rope part, as MODEL1's
             does.

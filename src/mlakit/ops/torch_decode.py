@@ -65,11 +65,13 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
     if call.batch_invariant and call.batch_size:
         return _one_by_one(call)
     if call.q.device.type == "cpu":
-        call.used_pages(), call.query_starts()
+        call.used_pages()
+        call.query_starts()
     return _together(call)
 
 
 def _together(call: DenseCall) -> tuple[Tensor, Tensor]:
+    """All sequences at once; looks at no value."""
     if call.cu_seqlens_q is None:
         padded = call.q.unflatten(0, (call.batch_size, call.max_seqlen_q))
         counts = torch.full_like(call.cache_seqlens, call.max_seqlen_q)
@@ -77,11 +79,10 @@ def _together(call: DenseCall) -> tuple[Tensor, Tensor]:
         return out.flatten(0, 1), lse.flatten(0, 1)
     starts, counts = call.cu_seqlens_q[:-1].long(), call.cu_seqlens_q.diff()
     place = torch.arange(call.max_seqlen_q, device=call.q.device)
-    queries = call.q.shape[0]
+    queries, heads = call.q.shape[:2]
     if not queries:
-        return call.q.new_zeros(0, call.q.shape[1], call.kv_lora_rank), call.q.new_zeros(
-            0, call.q.shape[1]
-        )
+        nothing = call.q.new_zeros(0, heads, call.kv_lora_rank)
+        return nothing, nothing[..., 0]
     padded = call.q[(starts[:, None] + place).clamp_max(queries - 1)]
     out, lse = _decode(call, padded, counts)
     query = torch.arange(queries, device=call.q.device)
