@@ -76,11 +76,13 @@ MODES: dict[str, dict[str, Any]] = {
     "article": {"equal_cache": True, "form": "article"},
     "full rank": {"cache_ratio": 1.0, "method": "transmla", "freqfold": 1},
     "half, published": {"cache_ratio": 0.5, "qk_rope_head_dim": 4, "method": "transmla"},
-    "half": {"cache_ratio": 0.5, "qk_rope_head_dim": 6},
+    "half": {"cache_ratio": 0.5, "qk_rope_head_dim": 6, "refine_steps": 0},
+    "half, refined": {"cache_ratio": 0.5, "qk_rope_head_dim": 6, "refine_steps": 3},
     "half, stock layout": {
         "cache_ratio": 0.5,
         "qk_rope_head_dim": 4,
         "without": ["frequencies", "means"],
+        "refine_steps": 0,
     },
 }
 
@@ -188,7 +190,7 @@ def test_ranks_trade_bytes_for_energy(tiny: Path, text: Path, tmp_path: Path, me
     kept, ratios = [], []
     for rank in (4, 12, 24):
         plan = convert(tiny, tmp_path / f"{method}{rank}", kv_lora_rank=rank, calibration=text,
-                       method=method)  # fmt: skip
+                       method=method, refine_steps=0)  # fmt: skip
         kept.append(min(layer["kept"] for layer in plan.measured["layers"]))
         ratios.append(plan.cache_ratio)
     assert kept == sorted(kept) and kept[-1] == pytest.approx(1)
@@ -206,11 +208,12 @@ class Stop(Exception):
     """Stands for a killed process."""
 
 
-COMPRESS = {"cache_ratio": 0.5, "calibration_tokens": 1024}
+COMPRESS = {"cache_ratio": 0.5, "calibration_tokens": 1024, "refine_steps": 0}
 RUNS = {
     "equal": {"equal_cache": True},
     "compress": COMPRESS,
     "one theta": {**COMPRESS, "without": ["frequencies"]},
+    "refined": {**COMPRESS, "refine_steps": 3},
     "published": {**COMPRESS, "method": "transmla"},
 }
 

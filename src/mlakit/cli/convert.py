@@ -48,6 +48,10 @@ def convert(
         list[str] | None,
         typer.Option(help=f"A part of mlakit to leave out, repeatable: {', '.join(PARTS)}."),
     ] = None,
+    refine_steps: Annotated[
+        str,
+        typer.Option(help="Gradient steps per layer after the algebra: a number, 0 or auto."),
+    ] = "auto",
     freqfold: Annotated[
         str, typer.Option(help="For transmla: frequencies folded together, a number or auto.")
     ] = "auto",
@@ -76,8 +80,6 @@ def convert(
 
     if output is None and not dry_run:
         raise UsageError("No output folder was given", remedy="add -o OUT, or --dry-run")
-    if freqfold != "auto" and not freqfold.isdecimal():
-        raise UsageError(f"--freqfold {freqfold!r} is neither a number nor auto")
     goal: dict[str, Any] = {
         "equal_cache": equal_cache,
         "form": form,
@@ -86,7 +88,8 @@ def convert(
         "qk_rope_head_dim": qk_rope_head_dim,
         "method": method,
         "without": without or (),
-        "freqfold": "auto" if freqfold == "auto" else int(freqfold),
+        "refine_steps": _number_or_auto("--refine-steps", refine_steps),
+        "freqfold": _number_or_auto("--freqfold", freqfold),
         "calibration": calibration,
         "calibration_tokens": calibration_tokens,
         "seed": seed,
@@ -110,6 +113,12 @@ def convert(
                 typer.echo(f"  {shlex.join(['mlakit', *words])}")
     if as_json:
         typer.echo(json.dumps(plan.as_dict("planned" if dry_run else "complete"), indent=2))
+
+
+def _number_or_auto(option: str, value: str) -> int | str:
+    if value != "auto" and not value.isdecimal():
+        raise UsageError(f"{option} {value!r} is neither a number nor auto")
+    return value if value == "auto" else int(value)
 
 
 def _carry_out(model: str, output: Path, goal: dict[str, Any]) -> ConversionPlan:

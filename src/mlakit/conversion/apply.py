@@ -36,6 +36,7 @@ def convert(
     method: str = "mlakit",
     freqfold: int | Literal["auto"] = "auto",
     without: Sequence[str] = (),
+    refine_steps: int | Literal["auto"] = "auto",
     calibration: str | Path | None = None,
     calibration_tokens: int = 32768,
     seed: int = 0,
@@ -63,6 +64,8 @@ def convert(
         freqfold: frequencies that ``transmla`` folds together; ``auto`` chooses on held-out
             calibration text.
         without: parts of ``mlakit`` to leave out (``conversion.budget.PARTS``).
+        refine_steps: gradient steps per layer towards the source's outputs, after the algebra;
+            ``auto`` for 100, and none where the method is ``transmla``.
         calibration: text file, folder of texts or dataset name; the package's own text if None.
         calibration_tokens: how many tokens of it are used, at most.
         seed: chooses the windows of a longer text.
@@ -87,6 +90,7 @@ def convert(
         method,
         freqfold,
         tuple(sorted(set(without))),
+        refine_steps,
     )
     checkpoint = open_checkpoint(model)
     plan = make_plan(

@@ -27,6 +27,9 @@ PARTS = {
 }
 """What the method ``mlakit`` is made of; each part can be left out alone."""
 
+AUTO_STEPS = 100
+"""Gradient steps per layer where nobody says how many: most of what more would give."""
+
 SCALE_FREE_ROPE = ("default", "linear", "llama3")
 """Scaling rules that look at a frequency alone: every c-th one of dimension d is then the schedule
 of dimension d/c. YaRN ramps over the index of a frequency, so its schedules do not nest."""
@@ -45,6 +48,8 @@ class Goal:
         method: how to compress; ``mlakit`` or, as published, ``transmla``.
         freqfold: frequencies folded together by ``transmla``, or ``auto``.
         without: names of PARTS that the method ``mlakit`` does without, sorted.
+        refine_steps: gradient steps per layer after the algebra; ``auto`` for AUTO_STEPS with the
+            method ``mlakit`` and none elsewhere.
     """
 
     equal_cache: bool = False
@@ -55,6 +60,14 @@ class Goal:
     method: str = "mlakit"
     freqfold: int | Literal["auto"] = "auto"
     without: tuple[str, ...] = ()
+    refine_steps: int | Literal["auto"] = "auto"
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps per layer."""
+        if self.refine_steps == "auto":
+            return AUTO_STEPS if self.method == "mlakit" and not self.equal_cache else 0
+        return self.refine_steps
 
     def has(self, part: str) -> bool:
         """Whether this is the method ``mlakit`` with this one of PARTS."""
@@ -84,7 +97,14 @@ class Goal:
                     remedy="leave out --cache-ratio, --kv-lora-rank, --qk-rope-head-dim and"
                     " --freqfold, or leave out --equal-cache to compress",
                 )
+            if self.steps:
+                raise UsageError(
+                    "--equal-cache is exact: there is nothing to refine",
+                    remedy="leave out --refine-steps",
+                )
             return
+        if self.steps < 0:
+            raise UsageError(f"--refine-steps {self.steps} is below 0", remedy="0 is none")
         if self.method != "transmla" and self.freqfold != "auto":
             raise UsageError(
                 "--freqfold belongs to --method transmla", remedy="leave it out, or name the method"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlakit import __version__
+from mlakit.conversion.forecast import STEP_TOKENS
 from mlakit.conversion.plan import FORMAT_VERSION, ConversionPlan
 from mlakit.families import FAMILIES, rope_parameters
 from mlakit.spec import ModelSpec
@@ -149,7 +150,16 @@ def findings(plan: ConversionPlan) -> list[tuple[str, str]]:
                 f" {errors[len(errors) // 2]:.2%} in the median (held-out calibration text)",
             )
         )
-    elif layers and "kept" in layers[0]:
+    if layers and "error_before" in layers[0]:
+        before = sorted(layer["error_before"] for layer in layers)
+        found.append(
+            (
+                "refined",
+                f"{plan.goal.steps} steps of {STEP_TOKENS:,} calibration tokens per layer; before,"
+                f" the errors were {before[-1]:.2%} and {before[len(before) // 2]:.2%}",
+            )
+        )
+    if layers and "error" not in layers[0] and "kept" in layers[0]:
         kept = min(layer["kept"] for layer in layers)
         found.append(("energy kept", f"{kept:.1%} in the worst layer"))
     return found

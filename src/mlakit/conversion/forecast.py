@@ -21,7 +21,13 @@ BATCH_TOKENS = 4096
 """Tokens that go through a layer together."""
 
 HELD_OUT = 8
-"""One window in this many is held out to choose freqfold, when that is left to us."""
+"""One window in this many is held out, to choose what statistics cannot say."""
+
+STEP_TOKENS = 2048
+"""Tokens of one gradient step of a refinement."""
+
+CHECKS = 10
+"""How often a refinement looks at the held-out error; the best state found is kept."""
 
 CPU_FLOPS = 2e10
 CUDA_FLOPS = 2e13
@@ -52,7 +58,7 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
         for spec in (source, plan.target)
         for shape in spec.tensor_shapes().values()
     )
-    keys = source.num_key_value_heads * source.head_dim
+    keys, heads = source.num_key_value_heads * source.head_dim, source.num_attention_heads
     memory = 4 * layer_size + 16 * attention + 8 * (2 * keys) ** 2 * 4
     last = sum(tensor.nbytes for tensor in plan.tensors if tensor.shard == plan.shards)
     disk = plan.nbytes
@@ -65,7 +71,17 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
         disk += 2 * tokens * hidden * 4 + 8 * keys**2 * len(plan.layers)
         folds = freqfold_candidates(source.rotary_dim, plan.target.qk_rope_head_dim or 2)
         passes = 2 + (len(folds) / HELD_OUT if plan.goal.freqfold == "auto" else 0)
+        if plan.goal.method == "mlakit":
+            passes = 1 if plan.goal.has("frequencies") else 2
+            memory += 8 * (3 * plan.calibration.window**2 + 4 * source.head_dim**2) * heads
+            memory += 2 * 4 * tokens // HELD_OUT * hidden
         each = 2.0 * layer_size + 4.0 * hidden**2
+        if plan.goal.steps:
+            passes += 2
+            disk += 3 * tokens * hidden * 4
+            memory += 16 * attention
+            fitting = 3 * plan.goal.steps * STEP_TOKENS + CHECKS * tokens / HELD_OUT
+            operations += 2.0 * attention * fitting * len(plan.layers)
         operations += passes * tokens * each * len(plan.layers)
     else:
         passes = 1

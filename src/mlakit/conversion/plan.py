@@ -311,6 +311,8 @@ def _tensors(
 def kept_tensors(layer: AttentionSpec, goal: Goal) -> frozenset[str]:
     """The source's attention tensors that a target layer keeps as they are."""
     kept = {"o_proj.weight"} if goal.has("means") else {"o_proj.weight", "o_proj.bias"}
+    if goal.steps:
+        kept = set()
     if layer.mla_form != "compress" or layer.qk_norm:
         kept |= {"q_proj.weight", "q_proj.bias"}
     if layer.qk_norm:

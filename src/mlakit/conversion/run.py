@@ -30,6 +30,7 @@ from mlakit.conversion.factor import (
 )
 from mlakit.conversion.fit import Fit
 from mlakit.conversion.plan import WORK_NAME, ConversionPlan, Progress
+from mlakit.conversion.refine import Refiner
 from mlakit.conversion.stream import LayerReader
 from mlakit.conversion.transmla import LayerResult, TransMLA
 from mlakit.errors import MlakitError, UsageError
@@ -116,7 +117,12 @@ class Run:
         method = METHODS[self.plan.method](
             self.reader, self.plan, self.windows, self.work, self.progress
         )
+        refiner = None
+        if self.plan.goal.steps:
+            refiner = Refiner(self.reader, self.plan, self.windows, self.work, self.progress)
         for index, tensors, facts in method.layers(self._is_done):
+            if refiner is not None:
+                tensors, facts = refiner.refine(index, tensors, facts)
             self._write_layer(index, tensors, facts)
         return {"calibration_windows": len(self.windows), **method.measured}
 

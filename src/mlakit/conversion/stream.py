@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,24 @@ class Activations:
 
     def write(self, batches: Iterable[torch.Tensor]) -> None:
         """Writes batches ``[b, T, D]`` one after the other; the file appears when all are in."""
-        with atomic_file(self.path, self.nbytes) as file:
+        with self.writer() as write:
             for batch in batches:
+                write(batch)
+
+    @contextmanager
+    def writer(self) -> Iterator[Callable[[torch.Tensor], None]]:
+        """Takes one batch ``[b, T, D]`` after the other; the file appears at the end."""
+        with atomic_file(self.path, self.nbytes) as file:
+
+            def write(batch: torch.Tensor) -> None:
                 file.write(batch.float().cpu().contiguous().numpy().tobytes())
+
+            yield write
+
+    def windows(self, rows: Sequence[int]) -> torch.Tensor:
+        """These windows, ``[len(rows), T, D]`` float32, on the CPU."""
+        mapped = np.memmap(self.path, dtype=np.float32, mode="r", shape=self.shape)
+        return torch.from_numpy(np.array(mapped[list(rows)]))
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """Batches of at most ``size`` windows, ``[b, T, D]`` float32, on the CPU."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 from mlakit.conversion.factor import Tensors
@@ -28,8 +29,8 @@ def latent_config(values: dict[str, Any]) -> LatentConfig:
     return found
 
 
-class Student:
-    """One layer's latent attention in float32, for judging and fitting it.
+class Student(nn.Module):
+    """One layer's latent attention in float32, in place of the source's own.
 
     Args:
         config: the result's ``config.json``.
@@ -47,6 +48,7 @@ class Student:
         frequencies: Sequence[float],
         device: torch.device,
     ) -> None:
+        super().__init__()
         rank = tensors["kv_b_proj.weight"].shape[1]
         sizes = {
             "kv_lora_rank": rank,
@@ -63,15 +65,20 @@ class Student:
         self.attention.requires_grad_(False).to(device).eval()
         self.rotary = LatentRotaryEmbedding(known).to(device)
 
-    def __call__(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The block's output for inputs ``[b, T, D]``, mask ``[T, T]`` or None for causal."""
-        positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The block's output for inputs ``[b, T, D]``; the rest as the family's layer gives it."""
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         output, _ = self.attention(
-            hidden_states=inputs,
-            position_embeddings=self.rotary(inputs, positions),
-            attention_mask=None if mask is None else mask[None, None],
+            hidden_states=hidden_states,
+            position_embeddings=self.rotary(hidden_states, positions),
+            attention_mask=attention_mask,
         )
-        return output
+        return output, None
 
     @torch.no_grad()
     def error(self, windows: Sequence[HeldOut]) -> float:
@@ -79,7 +86,8 @@ class Student:
         wrong, whole = 0.0, 0.0
         mean = torch.stack([window.outputs.mean(0) for window in windows]).mean(0)
         for window in windows:
-            output = self(window.inputs[None], window.mask)[0]
+            mask = None if window.mask is None else window.mask[None, None]
+            output = self(window.inputs[None], mask)[0][0]
             wrong += float((output - window.outputs).double().square().sum())
             whole += float((window.outputs - mean).double().square().sum())
         return wrong / max(whole, 1e-30)
