@@ -151,8 +151,8 @@ class CacheFormat:
             rows: ``[*slots.shape, C + R]``, floating point.
 
         Raises:
-            UsageError: if shapes or devices do not fit, or (seen on the CPU, in code that is not compiled) a
-                slot is not in the cache.
+            UsageError: if shapes or devices do not fit, or (seen on the CPU, in code that is not
+                compiled) a slot is not in the cache.
         """
         self.check(pages)
         if rows.shape != (*slots.shape, self.width):
