@@ -85,24 +85,23 @@ class MLAttention(nn.Module):
             width = self.qk_nope_head_dim + self.qk_rope_head_dim
             self.q_up_proj = HeadProjection(heads, width, config.query_dim)
 
-    def normed(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """``[B, S, heads * d]``, normed over all of it or head by head."""
+    def split_heads(self, x: Tensor, norm: str) -> Tensor:
+        """``[B, S, heads * d]`` to ``[B, S, heads, d]``, normed as a whole or head by head."""
         if self.qk_norm == "projection":
-            return norm(x)
-        return norm(x.unflatten(-1, (-1, self.config.query_dim))).flatten(-2)
+            x = getattr(self, norm)(x)
+        x = x.unflatten(-1, (-1, self.config.query_dim))
+        return getattr(self, norm)(x) if self.qk_norm == "head" else x
 
     def project_query(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, S, D]`` to the nope and rope parts of all heads, ``[B, H, S, N]`` and ``R``."""
-        q = self.q_proj(hidden_states)
-        if self.qk_norm:
-            q = self.normed(q, self.q_norm)
-        return self.split_query(q.unflatten(-1, (-1, self.config.query_dim)).transpose(1, 2))
+        q = self.split_heads(self.q_proj(hidden_states), "q_norm")
+        return self.split_query(q.transpose(1, 2))
 
     def latent_inputs(self, hidden_states: Tensor) -> Tensor:
         """What the latent is linear in: x, or ``[k_norm(k) | v]``."""
         if not self.qk_norm:
             return hidden_states
-        key = self.normed(self.k_proj(hidden_states), self.k_norm)
+        key = self.split_heads(self.k_proj(hidden_states), "k_norm").flatten(-2)
         return torch.cat((key, self.v_proj(hidden_states)), dim=-1)
 
     def split_query(self, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,10 @@ def projection_of(
         number, row, name, letter = WITHOUT_NOPE
     if child == "kv_a_proj_with_mqa" and "k_b_proj" in layer._modules:
         number, row, name, letter = WITHOUT_ROPE
+    if child == "kv_a_proj_with_mqa" and "k_norm" in layer._modules:
+        row = row.replace("= x", "= [K ‖ V]")
+    if child in ("k_proj", "v_proj") and "C" in sizes:
+        return number, row, name, letter  # G of the source: the latent serves all heads
     if "d" not in sizes:
         letter = letter.replace("H·d", "H·(N+R)" if sizes["N"] else "H·R")
     if sizes["G"] == sizes["H"]:
@@ -150,7 +154,7 @@ def weights_of(
             _, _, name, letter = projection_of(child, layer, sizes)
             found.append((weight, "W_UV" if name == "V" else "W_UK ‖ W_UV", (letter, "C")))
         if isinstance(weight, Tensor) and child == "q_up_proj":
-            found.append((weight, "W_UQ", ("H", "R", "d")))
+            found.append((weight, "W_UQ", ("H", "N+R" if sizes.get("N") else "R", "d")))
     return found
 
 

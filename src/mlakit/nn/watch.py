@@ -298,7 +298,8 @@ class Watch:
         elif b.name == "W_UK":
             self._put(out, Value("q_absorbed", letters), 4, f"q_absorbed = {a.name} W_UK")
         elif b.name == "W_UQ":
-            self._put(out, Value("q_rope", letters), None, f"q_rope = {a.name} W_UQ")
+            name = "q_rope" if letters[-1] == "R" else "Q"
+            self._put(out, Value(name, letters), None, f"{name} = {a.name} W_UQ")
         elif b.name == "W_UV":
             self._put(out, Value("heads", letters), 4, "heads = latents W_UV")
 
@@ -322,15 +323,15 @@ class Watch:
             self._keep(attend(query, key, value, *args[3:], **kwargs))
 
     def _saw_mla_decode(self, args: Any, kwargs: Any, inputs: Any, out: Tensor) -> None:
-        """Our own operator: queries against the pages, in one kernel."""
+        """Our own operator: packed queries against the pages, in one kernel."""
         (query, q), lengths = inputs[0], inputs[3][0]
-        if q is None or out.ndim != 4:  # its second result is the logarithm of the sums
+        if q is None or out.ndim != 3:  # its second result is the logarithm of the sums
             return
-        B, S, H, _ = query.shape
         self.sizes["T"] = int(lengths.max())
-        shape = (B, H, S, self.sizes["T"])
+        B, T = len(lengths), self.sizes["T"]
+        shape = (B, query.shape[1], query.shape[0] // B, T)
         self._fused(q, "pages", ("B", "H", "S"), shape, float(args[7]))
-        letters = (*q.letters[:3], "C")
+        letters = (*q.letters[:2], "C")
         self._put(out, Value("latents", letters), 4, "latents = softmax(scores) c_kv")
 
     def _fused(
