@@ -1,8 +1,9 @@
 """What compressing the cache costs: the published method, ours, and ours without each of its parts.
 
-    python -m benchmarks.conversion_quality [MODEL ...]    # results/conversion_quality.json and picture
+    python -m benchmarks.conversion_quality [MODEL ...]
 
-Untrained conversions of real checkpoints at equal cache bytes; published and ours see the same
+Writes results/conversion_quality.json and docs/conversion_quality.png.
+Conversions of real checkpoints at equal cache bytes; published and ours see the same
 calibration text. Test text is only ever scored: nothing is chosen on it. Models that know no text
 we have are calibrated and tested on separate samples of their own. Every window is scored in one
 pass, in which converted models expand keys and values from the latents they would cache.
@@ -29,7 +30,7 @@ from transformers import AutoTokenizer
 from mlakit.benching.environment import environment
 from mlakit.checkpoint import open_checkpoint
 from mlakit.conversion.apply import convert
-from mlakit.conversion.budget import PARTS
+from mlakit.conversion.budget import AUTO_STEPS, PARTS
 from mlakit.data import builtin_text, token_windows
 from mlakit.evaluation.quality import bootstrap, kl_divergence
 from mlakit.families import read_model
@@ -45,6 +46,14 @@ RATIOS = (1.0, 0.5, 0.375, 0.28, 0.25, 0.125)
 ABLATED = ((0.5, 1), (0.375, 1), (0.5, 2))
 """Cache ratios, and the share of the head size that stays rotated, of the ablation."""
 TOKENS, LONGEST = 12288, 512
+METHODS: dict[str, dict[str, Any]] = {
+    "published": {"method": "transmla"},
+    "published, refined": {"method": "transmla", "refine_steps": AUTO_STEPS},
+    "ours": {},
+    "ours, closed form": {"refine_steps": 0},
+    "ours, closed form, stock layout": {"refine_steps": 0, "without": ["frequencies", "means"]},
+}
+COLOURS = dict(zip(METHODS, ("#9aa1ac", "#ddaa33", "#cc3311", "#ee7733", "#4477aa")))
 
 
 @dataclass
@@ -140,13 +149,15 @@ def goal_of(case: Case, ratio: float, halving: int) -> dict[str, int] | None:
     return {"kv_lora_rank": rank, "qk_rope_head_dim": rope} if rank > 0 else None
 
 
-def run(case: Case, work: Path, ablation: bool) -> dict[str, Any]:
+def run(
+    case: Case, work: Path, methods: list[str], ratios: list[float], ablation: bool
+) -> dict[str, Any]:
     """Every size and method of one model."""
     cells, ablated = [], []
-    for ratio in RATIOS:
+    for ratio in ratios:
         for halving in (1, 2):
             goal = goal_of(case, ratio, halving)
-            for method in METHODS if goal else ():
+            for method in methods if goal else ():
                 found = measure(case, work, **goal, **METHODS[method])
                 cells.append({"ratio": ratio, "halving": halving, "method": method, **found})
                 say(case, cells[-1])
@@ -154,7 +165,7 @@ def run(case: Case, work: Path, ablation: bool) -> dict[str, Any]:
         goal = goal_of(case, ratio, halving)
         for part in PARTS if goal else ():
             without = ["frequencies", "theta"] if part == "theta" else [part]
-            found = measure(case, work, **goal, without=without)
+            found = measure(case, work, **goal, without=without, refine_steps=0)
             name = "without " + " and ".join(without)
             ablated.append({"ratio": ratio, "halving": halving, "method": name, **found})
             say(case, ablated[-1])
@@ -162,11 +173,17 @@ def run(case: Case, work: Path, ablation: bool) -> dict[str, Any]:
     return {"texts": case.texts, "source_perplexity": source, "cells": cells, "ablation": ablated}
 
 
-METHODS: dict[str, dict[str, Any]] = {
-    "published": {"method": "transmla"},
-    "ours": {},
-    "ours, stock layout": {"without": ["frequencies", "means"]},
-}
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A model's record with cells measured anew in place of the old ones."""
+
+    def key(cell: dict[str, Any]) -> tuple[Any, ...]:
+        return -cell["ratio"], cell["halving"], cell["method"]
+
+    result = {**old, **new}
+    for name in ("cells", "ablation"):
+        cells = {key(cell): cell for cell in [*old.get(name, []), *new[name]]}
+        result[name] = [cells[place] for place in sorted(cells)]
+    return result
 
 
 def say(case: Case, cell: dict[str, Any]) -> None:
@@ -193,7 +210,7 @@ def summary(models: dict[str, Any]) -> dict[str, Any]:
                         for cell in model["cells"]
                         if (cell["ratio"], cell["halving"]) == (ratio, halving)
                     }
-                    if method in excess:
+                    if method in excess and "published" in excess:
                         shares.append(excess[method] / excess["published"])
                 if shares:
                     row[method] = statistics.median(shares)
@@ -208,7 +225,6 @@ def draw(record: dict[str, Any]) -> None:
     figure, panels = plt.subplots(
         1, len(models), figsize=(2.9 * len(models), 3.2), squeeze=False, sharey=True
     )
-    colours = dict(zip(METHODS, ("#c3c8d0", "#cc6644", "#4477aa", "#117733", "#aa4499")))
     for panel, (name, model) in zip(panels[0], models.items()):
         for method in METHODS:
             for halving, style in ((1, "o-"), (2, "s--")):
@@ -221,7 +237,7 @@ def draw(record: dict[str, Any]) -> None:
                     [100 * cell["ratio"] for cell in cells],
                     [max(cell["excess"]["value"], 1e-3) for cell in cells],
                     style,
-                    color=colours[method],
+                    color=COLOURS[method],
                     label=f"{method}, rope d{'' if halving == 1 else '/2'}",
                     markersize=4,
                 )
@@ -236,21 +252,31 @@ def draw(record: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measures the models given, or all at hand; writes the JSON after each, and the picture."""
+    """Measures the models given, or all at hand; writes the JSON after each, and the picture.
+
+    What an earlier run measured stays, unless it is measured again.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", type=Path, help="folders; default: all at hand")
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     parser.add_argument("--no-ablation", action="store_true")
     arguments = parser.parse_args()
     at_hand = sorted(path.parent for path in (SHARED / "models").glob("*/config.json"))
     folders = arguments.models or [*at_hand, DEMO]
-    record: dict[str, Any] = {"environment": environment(), "models": {}}
     with tempfile.TemporaryDirectory() as work:
         for folder in folders:
             case = open_case(folder.resolve(), Path(work))
             ablation = not arguments.no_ablation and case.folder != DEMO
-            record["models"][case.folder.name] = run(case, Path(work), ablation)
-            record["share_of_published_excess"] = summary(record["models"])
+            found = run(case, Path(work), arguments.methods, arguments.ratios, ablation)
+            record: dict[str, Any] = {"models": {}}
+            if arguments.output.exists():
+                record = json.loads(arguments.output.read_text(encoding="utf-8"))
+            name, models = case.folder.name, record["models"]
+            models[name] = merged(models.get(name, {}), found)
+            record["environment"] = environment()
+            record["share_of_published_excess"] = summary(models)
             arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if arguments.output == RESULT:
         draw(record)
