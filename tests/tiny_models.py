@@ -51,7 +51,7 @@ def save_tiny(
         "eos_token_id": 1,
         **options,
     }
-    if family not in ("qwen2", "qwen2_moe"):
+    if family not in ("qwen2", "qwen2_moe", "stablelm"):
         settings.setdefault("head_dim", 8)
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **settings)

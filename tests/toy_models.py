@@ -88,6 +88,13 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3Config",
         {**SIZES, "partial_rotary_factor": 0.5, "sliding_window": 7},
     ),
+    "gemma": ("GemmaConfig", {**SIZES, "head_dim": 16}),
+    "glm4": ("Glm4Config", {**SIZES, "head_dim": 16}),
+    "stablelm": ("StableLmConfig", {**SIZES, "num_attention_heads": 3, "num_key_value_heads": 3}),
+    "stablelm-bias": (
+        "StableLmConfig",
+        {**SIZES, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    ),
     "glm": ("GlmConfig", {**SIZES, "head_dim": 16}),
     "mixtral": ("MixtralConfig", {**SIZES, "num_local_experts": 4}),
     "qwen2_moe": (

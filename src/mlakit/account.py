@@ -104,7 +104,9 @@ def parameters(spec: ModelSpec) -> Parameters:
         embedding=table,
         attention=sum(attention_parameters(layer) for layer in spec.layers),
         feed_forward=sum(_feed_forward_parameters(block) for block in spec.feed_forwards),
-        norms=(spec.norms_per_layer * len(spec.layers) + 1) * spec.hidden_size,
+        norms=(spec.norms_per_layer * len(spec.layers) + 1)
+        * spec.hidden_size
+        * (1 + spec.norm_bias),
         output=0 if spec.tie_word_embeddings else table,
         inactive=sum(
             (block.num_experts - block.num_experts_per_tok) * _expert_weights(block)

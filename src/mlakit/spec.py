@@ -273,7 +273,8 @@ class ModelSpec:
         family: key of the row in ``families.FAMILIES`` that read it.
         layers: one AttentionSpec per decoder layer, in order.
         feed_forwards: one FeedForwardSpec per decoder layer, in order.
-        norms_per_layer: RMSNorms of width ``hidden_size`` in a decoder layer.
+        norms_per_layer: norms of width ``hidden_size`` in a decoder layer.
+        norm_bias: each of them has a bias too.
         dtype: storage dtype as transformers names it (``float32``, ``bfloat16``, ``float16``).
         config: the raw ``config.json``.
     """
@@ -289,6 +290,7 @@ class ModelSpec:
     feed_forwards: tuple[FeedForwardSpec, ...]
     norms_per_layer: int
     config: dict[str, Any]
+    norm_bias: bool = False
 
     @property
     def num_hidden_layers(self) -> int:

@@ -49,15 +49,19 @@ def source_weights(reader: LayerReader, index: int) -> AttentionWeights:
 def input_scale(reader: LayerReader, index: int, tensors: Tensors) -> torch.Tensor:
     """``[D]`` float64, such that every input x of attention has ``|x / scale|^2 <= D``.
 
-    An RMSNorm in front of attention gives its weight. Where attention reads the residual stream
+    An RMSNorm in front of attention gives its weight; a bias counts beside it, since
+    ``|w n + b| <= (|w| + |b|) max(|n|, 1)``. Where attention reads the residual stream
     itself, that is at most the largest embedding and what the normed blocks before have added.
     """
     family, read = reader.family, reader.checkpoint.read
     size = reader.spec.hidden_size
     if family.input_norm is not None:
-        weight = read(f"{family.layer(index)}{family.input_norm}.weight").double()
-        return (weight + family.norm_offset).to(reader.device)
-    largest = float(read(family.embedding).double().norm(dim=1).max())
+        norm = f"{family.layer(index)}{family.input_norm}"
+        weight = read(f"{norm}.weight").double() + family.norm_offset
+        if family.norm_bias:
+            weight = (weight.abs() + read(f"{norm}.bias").double().abs()) * math.sqrt(2)
+        return weight.to(reader.device)
+    largest = reader.longest_embedding
     for before in range(index):
         for norm in family.norms:
             weight = read(f"{family.layer(before)}{norm}.weight").double() + family.norm_offset
@@ -73,7 +77,8 @@ def _normed_scale(
     width = spec.num_key_value_heads * spec.head_dim
     gain = tensors["k_norm.weight"].double() + offset
     weight = tensors["v_proj.weight"].double() * scale
-    longest = float(torch.linalg.matrix_norm(weight, 2)) * math.sqrt(len(scale))
+    spectral = float(torch.linalg.eigvalsh(weight @ weight.mT)[-1].clamp_min(0).sqrt())
+    longest = spectral * math.sqrt(len(scale))
     if "v_proj.bias" in tensors:
         longest += float(tensors["v_proj.bias"].double().norm())
     values = gain.new_full((width,), longest / math.sqrt(width))
@@ -86,13 +91,13 @@ def stored_tensors(
     """A converted layer as it is written: the new tensors and those kept of the standard source.
 
     Args:
-        tensors: what the factorisation gives.
+        tensors: what the factorisation gives; or a layer that is whole already.
         source: the standard source layer's.
         spec: the source layer.
         target: the converted one.
     """
     new = dict(tensors)
-    if spec.qk_norm:
+    if spec.qk_norm and not (target.mla_form == "compress" and "q_up_proj.weight" in new):
         new.pop("kv_a_proj_with_mqa.bias", None)  # zero: the biases are those of k_proj and v_proj
         new.pop("q_proj.bias", None)
         query = new.pop("q_proj.weight", None)

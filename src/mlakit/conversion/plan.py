@@ -16,7 +16,7 @@ from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.conversion.budget import Goal, target_layer
 from mlakit.conversion.forecast import WINDOW, Estimate, forecast_cost, forecast_warnings
 from mlakit.data import builtin_text, read_text
-from mlakit.errors import MlakitError, UsageError
+from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import FAMILIES, convertible
 from mlakit.spec import AttentionSpec, ModelSpec
 
@@ -182,6 +182,12 @@ def make_plan(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"There is no dtype {dtype!r}", remedy=f"use {', '.join(DTYPES)}")
     model = convertible(checkpoint.config, checkpoint.shapes)
+    if goal.form == "article" and not FAMILIES[model.family].article:
+        raise UnsupportedModelError(
+            f"Cannot convert: model_type {model.family!r}: its class in transformers does not hand"
+            " on the positions of cached keys, which the article's form rotates again",
+            remedy="use --form absorbed, which is as exact",
+        )
     layers = tuple(target_layer(layer, goal) for layer in model.layers)
     text = None
     if not goal.equal_cache:
@@ -310,9 +316,9 @@ def _tensors(
 
 def kept_tensors(layer: AttentionSpec, goal: Goal) -> frozenset[str]:
     """The source's attention tensors that a target layer keeps as they are."""
-    kept = {"o_proj.weight"} if goal.has("means") else {"o_proj.weight", "o_proj.bias"}
     if goal.steps:
-        kept = set()
+        return frozenset()
+    kept = {"o_proj.weight"} if goal.has("means") else {"o_proj.weight", "o_proj.bias"}
     if layer.mla_form != "compress" or layer.qk_norm:
         kept |= {"q_proj.weight", "q_proj.bias"}
     if layer.qk_norm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +182,19 @@ class LayerReader:
         padded = nn.functional.pad(found.double(), (0, spec.head_dim // 2 - len(found)))
         return padded.to(self.device), float(getattr(rotary, "attention_scaling", 1.0))
 
+    @cached_property
+    def longest_embedding(self) -> float:
+        """The largest ``|x|`` that a token enters the first layer with."""
+        table = self.checkpoint.read(self.family.embedding)
+        longest = max(float(rows.float().norm(dim=1).max()) for rows in table.split(4096))
+        return longest * self.family.embedding_scale(self.spec.config)
+
     def head(self) -> tuple[nn.Module, torch.Tensor]:
         """The final norm and the output matrix ``[vocabulary, D]``, float32."""
         norm = self._skeleton(0).norm
-        weight = self.checkpoint.read(self.family.final_norm).float()
-        norm.load_state_dict({"weight": weight}, assign=True)
+        name = self.family.final_norm
+        stored = {kind: self.checkpoint.read(f"{name}.{kind}") for kind in self.family.norm_tensors}
+        norm.load_state_dict({kind: part.float() for kind, part in stored.items()}, assign=True)
         tied = self.spec.tie_word_embeddings
         name = self.family.embedding if tied else self.family.output
         return norm.to(self.device), self.checkpoint.read(name).float().to(self.device)

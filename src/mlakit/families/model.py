@@ -37,7 +37,7 @@ def read_model(config: Config) -> ModelSpec:
             "config.json has no model_type"
             if name is None
             else f"config.json has model_type {name!r}, a family mlakit does not know",
-            remedy=f"known families: {', '.join(FAMILIES)}",
+            remedy=_known(config),
         )
     filled = {**family.defaults, **config}
     count = size(filled, "num_hidden_layers")
@@ -55,6 +55,7 @@ def read_model(config: Config) -> ModelSpec:
         layers=tuple(by_type[kind] for kind in types),
         feed_forwards=tuple(family.feed_forward(filled, layer) for layer in range(count)),
         norms_per_layer=len(family.norms),
+        norm_bias=family.norm_bias,
         config=dict(config),
     )
 
@@ -74,12 +75,21 @@ def tensor_shapes(spec: ModelSpec, *, fused_experts: bool = False) -> Shapes:
         prefix, stored = family.attention_prefix(index), family.layout.stored_shapes(attention)
         shapes |= {prefix + name: shape for name, shape in stored.items()}
         prefix = family.layer(index)
-        shapes |= {f"{prefix}{norm}.weight": hidden for norm in family.norms}
+        for norm in family.norms:
+            shapes |= {f"{prefix}{norm}.{kind}": hidden for kind in family.norm_tensors}
         shapes |= _feed_forward_shapes(family, prefix, feed_forward, fused_experts)
-    shapes[family.final_norm] = hidden
+    shapes |= {f"{family.final_norm}.{kind}": hidden for kind in family.norm_tensors}
     if not spec.tie_word_embeddings:
         shapes[family.output] = (spec.vocab_size, spec.hidden_size)
     return shapes
+
+
+def _known(config: Config) -> str:
+    inner = config.get("text_config")
+    kind = inner.get("model_type") if isinstance(inner, Mapping) else None
+    if kind in FAMILIES:
+        return f"it reads more than text; its text model alone, of model_type {kind}, can be read"
+    return f"known families: {', '.join(FAMILIES)}"
 
 
 def rope_parameters(layers: Sequence[AttentionSpec], family: Family) -> dict[str, Any]:

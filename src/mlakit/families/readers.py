@@ -163,6 +163,13 @@ def olmo2(config: Config, rope: RopeSpec | None, window: int | None) -> Attentio
     return replace(grouped(config, rope, window), qk_norm="projection")
 
 
+def stablelm(config: Config, rope: RopeSpec | None, window: int | None) -> AttentionSpec:
+    """StableLM: its own key for the biases, and heads that fill the hidden size."""
+    bias = bool(config.get("use_qkv_bias", False))
+    plain = {**config, "head_dim": None}
+    return replace(without_bias(plain, rope, window), q_bias=bias, kv_bias=bias)
+
+
 def glm(config: Config, rope: RopeSpec | None, window: int | None) -> AttentionSpec:
     """GLM: biases on q, k and v, never on the output projection."""
     return replace(grouped(config, rope, window), o_bias=False)

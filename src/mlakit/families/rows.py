@@ -31,8 +31,10 @@ class Family:
         layout: how the attention tensors are stored.
         obstacle: why ``convert`` refuses the family; empty when it converts.
         refused: config keys and why a model with a true value there is not converted.
+        article: its class can run the article's form.
         norms: the RMSNorms of a decoder layer.
         input_norm: the one in front of attention; None where attention reads the residual stream.
+        norm_bias: the norms are LayerNorms, with biases.
         norm_offset: what an RMSNorm adds to its stored weight.
         expert_block: name of the mixture-of-experts block in a layer.
         expert_projections: the (gate, up, down) projections of one routed expert.
@@ -55,8 +57,10 @@ class Family:
     layout: Layout = PLAIN
     obstacle: str = ""
     refused: dict[str, str] = field(default_factory=dict)
+    article: bool = True
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     input_norm: str | None = "input_layernorm"
+    norm_bias: bool = False
     norm_offset: float = 0.0
     expert_block: str = "mlp"
     expert_projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -66,8 +70,13 @@ class Family:
     logits: Callable[[Config, Any], Any] = lambda config, logits: logits
     single: Callable[[Config, int], dict[str, Any]] = lambda config, layer: {}
     embedding: str = "model.embed_tokens.weight"
-    final_norm: str = "model.norm.weight"
+    final_norm: str = "model.norm"
     output: str = "lm_head.weight"
+
+    @property
+    def norm_tensors(self) -> tuple[str, ...]:
+        """The tensors of one norm."""
+        return ("weight", "bias") if self.norm_bias else ("weight",)
 
     def layer(self, index: int) -> str:
         """Prefix of every tensor of one decoder layer."""
@@ -113,6 +122,10 @@ def _no_positions_in_a_window(config: Config, layer: int) -> bool:
 def _capped(config: Config, logits: Any) -> Any:
     cap = config.get("final_logit_softcapping")
     return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def _root_of_width(config: Config) -> float:
+    return float(config["hidden_size"] ** 0.5)
 
 
 def _one_expert_layer(config: Config, layer: int) -> dict[str, Any]:
@@ -191,6 +204,16 @@ ROWS = (
         single=lambda config, layer: {"no_rope_layers": [int(_with_positions(config, layer))]},
     ),
     Family(
+        "gemma",
+        "Gemma",
+        readers.grouped,
+        readers.dense_without_bias,
+        defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+        refused=BOTH_WAYS,
+        norm_offset=1.0,
+        embedding_scale=_root_of_width,
+    ),
+    Family(
         "gemma2",
         "Gemma2",
         readers.grouped,
@@ -208,7 +231,7 @@ ROWS = (
         refused=BOTH_WAYS,
         norms=SANDWICH,
         norm_offset=1.0,
-        embedding_scale=lambda config: float(config["hidden_size"] ** 0.5),
+        embedding_scale=_root_of_width,
         logits=_capped,
     ),
     Family(
@@ -232,7 +255,7 @@ ROWS = (
         | {"attn_logit_softcapping": "transformers' class for this family ignores it"},
         norms=SANDWICH,
         norm_offset=1.0,
-        embedding_scale=lambda config: float(config["hidden_size"] ** 0.5),
+        embedding_scale=_root_of_width,
         logits=_capped,
     ),
     Family(
@@ -303,6 +326,41 @@ ROWS = (
         partial_rotary=True,
         layout=Layout(interleaved=True),
         fused_gate=True,
+    ),
+    Family(
+        "glm4",
+        "Glm4",
+        readers.glm,
+        readers.dense_without_bias,
+        defaults={
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+        },
+        partial_rotary=True,
+        layout=Layout(interleaved=True),
+        norms=(
+            "input_layernorm",
+            "post_self_attn_layernorm",
+            "post_attention_layernorm",
+            "post_mlp_layernorm",
+        ),
+        fused_gate=True,
+    ),
+    Family(
+        "stablelm",
+        "StableLm",
+        readers.stablelm,
+        readers.dense_without_bias,
+        defaults={"num_key_value_heads": 32, "partial_rotary_factor": 0.25},
+        partial_rotary=True,
+        refused={
+            "use_parallel_residual": "attention and feed-forward block side by side",
+            "qk_layernorm": "a LayerNorm of its own for every query and key head",
+        },
+        article=False,
+        norm_bias=True,
     ),
     Family(
         "deepseek_v2",

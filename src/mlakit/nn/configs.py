@@ -158,7 +158,7 @@ def _latent(family: str) -> type[LatentConfig]:
         for name in (f"{classes}TextConfig", f"{classes}Config")
         if (found := getattr(transformers, name, None)) and found.model_type == family
     )
-    plan = {k: v for k, v in source.base_model_tp_plan.items() if ".self_attn." not in k}
+    plan = {k: v for k, v in (source.base_model_tp_plan or {}).items() if ".self_attn." not in k}
     fields = {
         "model_type": f"mla_{family}",
         "base_model_tp_plan": plan,
