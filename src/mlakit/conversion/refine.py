@@ -108,7 +108,11 @@ class Refiner:
         """Adam on the student's tensors; held-out error before and of the best state."""
         windows, length = self.target.shape[:2]
         steps, held_out = self.plan.goal.steps, range(self.fitted, windows)
-        trained = [p for n, p in student.attention.named_parameters() if "kv_a_layernorm" not in n]
+        frozen = {"kv_a_layernorm"}
+        if self.reader.spec.layers[index].qk_norm:  # what the latent's bound was computed from
+            frozen |= {"q_proj", "k_proj", "v_proj", "q_norm", "k_norm"}
+        parts = student.attention.named_parameters()
+        trained = [part for name, part in parts if name.split(".")[0] not in frozen]
         sizes = [max(float(part.square().mean().sqrt()), 1e-8) for part in trained]
         rates = [{"params": [p], "lr": LEARNING_RATE * size} for p, size in zip(trained, sizes)]
         optimiser = torch.optim.Adam(rates, betas=(0.9, 0.99))
