@@ -196,26 +196,40 @@ def say(case: Case, cell: dict[str, Any]) -> None:
     )
 
 
+def size_name(cell: dict[str, Any]) -> str:
+    """``d1_500``: all of the head size stays rotated, 500 thousandths of the cache are kept."""
+    return f"d{cell['halving']}_{round(1000 * cell['ratio'])}"
+
+
+def perplexities(models: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity by model, size and method, the ablation among them."""
+    table: dict[str, Any] = {}
+    for name, model in models.items():
+        table[name] = {"source": model["source_perplexity"]}
+        for cell in [*model["cells"], *model["ablation"]]:
+            table[name].setdefault(size_name(cell), {})[cell["method"]] = cell["perplexity"]
+    return table
+
+
 def summary(models: dict[str, Any]) -> dict[str, Any]:
-    """Per size the median over models of a method's excess log loss over the published one's."""
-    found: dict[str, Any] = {}
-    for halving in (1, 2):
-        for ratio in RATIOS:
-            row: dict[str, Any] = {}
-            for method in METHODS:
-                shares = []
-                for model in models.values():
-                    excess = {
-                        cell["method"]: cell["excess"]["value"]
-                        for cell in model["cells"]
-                        if (cell["ratio"], cell["halving"]) == (ratio, halving)
-                    }
-                    if method in excess and "published" in excess:
-                        shares.append(excess[method] / excess["published"])
-                if shares:
-                    row[method] = statistics.median(shares)
-            found[f"rope d/{halving}, {ratio:.1%}"] = row
-    return found
+    """By size and method: excess log loss as a share of the published one, over models."""
+    shares: dict[str, dict[str, list[float]]] = {}
+    for model in models.values():
+        cells = {
+            (size_name(cell), cell["method"]): cell["excess"]["value"] for cell in model["cells"]
+        }
+        for (size, method), excess in cells.items():
+            published = cells.get((size, "published"))
+            if published:
+                found = shares.setdefault(size, {}).setdefault(method, [])
+                found.append(excess / published)
+    return {
+        size: {
+            method: {"median": statistics.median(found), "worst": max(found), "models": len(found)}
+            for method, found in methods.items()
+        }
+        for size, methods in shares.items()
+    }
 
 
 def draw(record: dict[str, Any]) -> None:
@@ -277,6 +291,7 @@ def main() -> None:
             models[name] = merged(models.get(name, {}), found)
             record["environment"] = environment()
             record["share_of_published_excess"] = summary(models)
+            record["perplexity"] = perplexities(models)
             arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if arguments.output == RESULT:
         draw(record)
