@@ -218,8 +218,12 @@ class LayerReader:
             setattr(config, key, value)
         config.num_hidden_layers = 1
         config.vocab_size, config.pad_token_id = 1, None  # the embedding is never used
+        # Where scores are soft-capped, some versions' SDPA leaves the cap out; else they choose.
+        kind = "eager" if any(layer.logit_softcap for layer in self.spec.layers) else None
         with torch.device("meta"):
-            model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = AutoModel.from_config(
+                config, dtype=torch.float32, attn_implementation=kind, trust_remote_code=False
+            )
         model.embed_tokens = nn.Identity()
         model.rotary_emb = type(model.rotary_emb)(config=config)
         return model.eval()

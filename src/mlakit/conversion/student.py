@@ -13,7 +13,7 @@ from mlakit.conversion.factor import Tensors
 from mlakit.conversion.observe import HeldOut
 from mlakit.nn.configs import LatentConfig
 from mlakit.nn.hf import register
-from mlakit.nn.latent_attention import MLAttention
+from mlakit.nn.models import build_attention
 from mlakit.nn.rotary import LatentRotaryEmbedding
 
 WIDE_EXPONENT = 30
@@ -60,7 +60,7 @@ class Student(nn.Module):
         norm = torch.full((rank,), 2.0**WIDE_EXPONENT)
         state = {name: tensor.float() for name, tensor in tensors.items()}
         with torch.device("meta"):
-            self.attention = MLAttention(known, index)
+            self.attention = build_attention(known, index)
         self.attention.load_state_dict({**state, "kv_a_layernorm.weight": norm}, assign=True)
         self.attention.requires_grad_(False).to(device).eval()
         self.rotary = LatentRotaryEmbedding(known).to(device)

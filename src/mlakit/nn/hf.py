@@ -95,6 +95,8 @@ def load(
                 remedy="convert it first, or leave the cache format out",
             )
         model.config.cache_format = cache_format
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # some versions' SDPA leaves the cap out, silently
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:

@@ -12,11 +12,25 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from mlakit.families import FAMILIES
 from mlakit.nn.cache import LatentCache
 from mlakit.nn.configs import CONFIGS, LatentConfig
 from mlakit.nn.latent_attention import FORMS, MLAttention
 from mlakit.nn.latent_parts import HeadProjection, LatentNorm
 from mlakit.nn.rotary import LatentRotaryEmbedding, inverse_frequencies
+
+
+def build_attention(config: LatentConfig, layer_idx: int) -> MLAttention:
+    """The latent attention of one layer, with the norms of its family."""
+    package, prefix = _package(type(config))
+    norm = getattr(package, f"{prefix}RMSNorm", LatentNorm)  # families without one norm no keys
+    return FORMS[config.mla_form](config, layer_idx, norm)
+
+
+def _package(config: Any) -> tuple[Any, str]:
+    """transformers' module of a family's classes, and what they are called."""
+    name = config.__mro__[2].__module__.replace(".configuration_", ".modeling_")
+    return import_module(name), config.__name__.removeprefix("MLA").removesuffix("Config")
 
 
 def install_latent_attention(model: Any) -> None:
@@ -25,9 +39,8 @@ def install_latent_attention(model: Any) -> None:
     Args:
         model: a family's model, such as LlamaModel, built with a LatentConfig.
     """
-    attention = FORMS[model.config.mla_form]
     for index, layer in enumerate(model.layers):
-        layer.self_attn = attention(model.config, index, type(model.norm))
+        layer.self_attn = build_attention(model.config, index)
     model.rotary_emb = LatentRotaryEmbedding(model.config)
     model.post_init()
 
@@ -159,15 +172,16 @@ ROUTING = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 """What the language models of families with experts keep of their config."""
 
 
-def _classes(config: Any) -> tuple[Any, Any]:
+def _classes(family: str, config: Any) -> tuple[Any, Any]:
     """The decoder and the language model of a family's converted checkpoints."""
     source = config.__mro__[2]
-    package = import_module(source.__module__.replace(".configuration_", ".modeling_"))
-    prefix = config.__name__.removeprefix("MLA").removesuffix("Config")
+    package, prefix = _package(config)
     bare: Any = getattr(package, source.__name__.removesuffix("Config") + "Model")
     causal: Any = getattr(package, f"{prefix}ForCausalLM")
     outputs = {**bare._can_record_outputs, "attentions": MLAttention}
     fields = {"config_class": config, "__module__": __name__}
+    if "attn_logit_softcapping" in FAMILIES[family].defaults:
+        fields["_supports_sdpa"] = False  # it has no cap, and some versions leave it out silently
     decoder: Any = type(
         f"MLA{prefix}Model",
         (LatentDecoder, bare),
@@ -184,7 +198,7 @@ def _classes(config: Any) -> tuple[Any, Any]:
     )
 
 
-MODELS = {family: _classes(config) for family, config in CONFIGS.items()}
+MODELS = {family: _classes(family, config) for family, config in CONFIGS.items()}
 """Decoder and language model of every family: ``MLALlamaModel``, ``MLALlamaForCausalLM``, ..."""
 
 
