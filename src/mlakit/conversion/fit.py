@@ -42,6 +42,7 @@ class Layer:
     """A source layer and what was seen of it."""
 
     index: int
+    source: Tensors
     weights: AttentionWeights
     statistics: Statistics
     held_out: list[HeldOut]
@@ -137,6 +138,8 @@ class Fit:
             centred=has("means"),
             bias=spec.kv_bias and not spec.qk_norm,
         )
+        if has("metric"):
+            facts["predicted_error"] = facts["rope_error"] + low_rank.lost / max(seen.output, 1e-30)
         facts = {
             **facts,
             "kept": low_rank.kept,
@@ -164,8 +167,15 @@ class Fit:
         model = self.reader.layer(index)
         observer.watch(model.layers[0].self_attn)
         self.stream.run(index, model)
-        held_out = observer.held_out
-        return Layer(index, weights, observer.statistics(), held_out, frequencies, factor)
+        return Layer(
+            index,
+            self.reader.attention(index),
+            weights,
+            observer.statistics(),
+            observer.held_out,
+            frequencies,
+            factor,
+        )
 
     def _choose_theta(self) -> float | None:
         """The base of the schedule that errs least over all layers, for layouts that have one."""
@@ -218,4 +228,4 @@ class Fit:
         """All attention tensors of the layer, as they are written."""
         spec, target = self.reader.spec.layers[layer.index], self.plan.layers[layer.index]
         new = closed_form.latent_tensors(layer.weights, spec, rope, low_rank)
-        return stored_tensors(new, self.reader.attention(layer.index), spec, target)
+        return stored_tensors(new, layer.source, spec, target)
