@@ -25,9 +25,8 @@ from mlakit.conversion.factor import AttentionWeights, LowRank, Tensors
 from mlakit.conversion.observe import HeldOut, Observer, Statistics
 from mlakit.conversion.plan import ConversionPlan, Progress
 from mlakit.conversion.stream import LayerReader, Stream
-from mlakit.conversion.student import Student, latent_config
+from mlakit.conversion.student import Student, layer_schedule
 from mlakit.conversion.transmla import LayerResult
-from mlakit.nn.rotary import LatentRotaryEmbedding, layer_schedules
 
 SHRINKAGES = (1.0, 0.75, 0.5, 0.25, 0.0)
 """How much of the measured mean phase is taken; tried in this order."""
@@ -90,7 +89,7 @@ class Fit:
         for index in range(self.stream.start(start), self.count):
             self.progress("convert", index, self.count)
             layer = self._observe(index)
-            schedules: list[torch.Tensor | None] = [self.schedule(index, theta)]
+            schedules: list[torch.Tensor | None] = [layer_schedule(self.config, index, theta)]
             if self.goal.has("frequencies"):
                 schedules = [None, *schedules]
             rope, facts = self.choose_rope(layer, schedules)
@@ -148,16 +147,6 @@ class Fit:
         }
         return closed_form.latent_tensors(weights, spec, rope, low_rank), facts
 
-    def schedule(self, index: int, theta: float | None) -> torch.Tensor:
-        """The ``[R/2]`` frequencies that the result's config gives a layer with this base."""
-        config = {**self.config, "rope_inv_freq": None}
-        if theta is not None:
-            config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": theta}
-        known = latent_config(config)
-        frequencies, rows = LatentRotaryEmbedding(known).inv_freq, layer_schedules(known)
-        own = frequencies if rows is None else frequencies[rows[index]]
-        return own.double().to(self.reader.device)
-
     def _observe(self, index: int) -> Layer:
         """Runs a layer on its stored inputs, and stores the next layer's."""
         weights = layer_weights(self.reader, index)
@@ -192,7 +181,7 @@ class Fit:
                 self.progress("theta", index, self.count)
                 layer = self._observe(index)
                 for theta in thetas:
-                    _, facts = self.choose_rope(layer, [self.schedule(index, theta)])
+                    _, facts = self.choose_rope(layer, [layer_schedule(self.config, index, theta)])
                     errors[theta] += facts["rope_error"] / self.count
                 self.stream.inputs(index).remove()
             write_json_atomic(record, {str(theta): error for theta, error in errors.items()})
@@ -208,7 +197,7 @@ class Fit:
             layer.frequencies,
             layer.factor,
             self.plan.target.qk_rope_head_dim or 0,
-            schedule=schedule,
+            schedule=None if schedule is None else schedule.to(self.reader.device),
             shrinkage=shrinkage,
             unitary=self.goal.has("unitary"),
             sensitive=self.goal.has("metric"),

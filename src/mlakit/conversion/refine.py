@@ -22,8 +22,7 @@ from mlakit.conversion.factor import Tensors
 from mlakit.conversion.forecast import CHECKS, STEP_TOKENS
 from mlakit.conversion.plan import ConversionPlan, Progress
 from mlakit.conversion.stream import Activations, LayerReader, Stream
-from mlakit.conversion.student import Student, latent_config
-from mlakit.nn.rotary import inverse_frequencies
+from mlakit.conversion.student import Student, layer_schedule
 
 LEARNING_RATE = 0.01
 """Adam's first step, relative to the root mean square of each tensor; falls along a cosine."""
@@ -99,7 +98,7 @@ class Refiner:
         whole = stored_tensors(tensors, self.reader.attention(index), spec, target)
         frequencies = facts.get("frequencies")
         if frequencies is None:
-            frequencies = inverse_frequencies(latent_config(self.config))[0].tolist()
+            frequencies = layer_schedule(self.config, index).tolist()
         return Student(self.config, index, whole, frequencies, self.reader.device)
 
     def _fit(

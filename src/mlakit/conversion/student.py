@@ -14,7 +14,7 @@ from mlakit.conversion.observe import HeldOut
 from mlakit.nn.configs import LatentConfig
 from mlakit.nn.hf import register
 from mlakit.nn.models import build_attention
-from mlakit.nn.rotary import LatentRotaryEmbedding
+from mlakit.nn.rotary import LatentRotaryEmbedding, inverse_frequencies, layer_schedules
 
 WIDE_EXPONENT = 30
 """k of a latent norm that is the identity for any latent in float32."""
@@ -27,6 +27,22 @@ def latent_config(values: dict[str, Any]) -> LatentConfig:
     known._attn_implementation = "eager" if values.get("attn_logit_softcapping") else "sdpa"
     found: LatentConfig = known
     return found
+
+
+def layer_schedule(values: dict[str, Any], index: int, theta: float | None = None) -> torch.Tensor:
+    """The ``[R/2]`` frequencies, float64, that a ``config.json`` gives a layer without its own.
+
+    Args:
+        values: the config.
+        index: of the layer.
+        theta: ``rope_theta`` in place of the config's.
+    """
+    config = {**values, "rope_inv_freq": None}
+    if theta is not None:
+        config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": theta}
+    known = latent_config(config)
+    frequencies, rows = inverse_frequencies(known)[0], layer_schedules(known)
+    return (frequencies if rows is None else frequencies[rows[index]]).double()
 
 
 class Student(nn.Module):
