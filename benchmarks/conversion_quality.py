@@ -252,7 +252,7 @@ def draw(record: dict[str, Any]) -> None:
                     [max(cell["excess"]["value"], 1e-3) for cell in cells],
                     style,
                     color=COLOURS[method],
-                    label=f"{method}, rope d{'' if halving == 1 else '/2'}",
+                    label=method if halving == 1 else None,
                     markersize=4,
                 )
         panel.set_yscale("log")
@@ -260,8 +260,10 @@ def draw(record: dict[str, Any]) -> None:
         panel.set_xlabel("cache kept, %")
         panel.grid(axis="y", color="#e6e8ec")
     panels[0][0].set_ylabel("excess loss, nats per token")
-    panels[0][-1].legend(frameon=False, fontsize=7)
-    figure.tight_layout()
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="lower center", ncol=len(METHODS))
+    figure.suptitle("solid: head size stays rotated; dashed: half of it", fontsize=8, x=0.5)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(PICTURE, dpi=160)
 
 
