@@ -72,7 +72,7 @@ def convert(
 ) -> None:
     """Turn a checkpoint's attention into latent attention (MLA).
 
-    For llama, mistral and qwen2. A run that was cut off goes on when it is started again.
+    A run that was cut off goes on when it is started again.
     """
     from rich.console import Console
 

@@ -53,7 +53,7 @@ def convert(
     arguments; the result is the same bit for bit.
 
     Args:
-        model: folder or hub id of a llama, mistral or qwen2 checkpoint.
+        model: folder or hub id of a checkpoint of a family that converts (docs/families.md).
         output: folder for the result; new, empty, or left by the same conversion.
         equal_cache: exact conversion at equal cache.
         form: ``absorbed``, or ``article`` for rotation after the up-projection.
