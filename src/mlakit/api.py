@@ -84,7 +84,7 @@ def generate(
         chat: wrap each prompt in the tokenizer's chat template as one user message.
         dtype: ``float32``, ``bfloat16``, ``float16``; the checkpoint's own by default.
         device: ``cpu``, ``cuda`` ...
-        cache_format: ``fp8``, ``int8`` or ``int4`` quantise the cached latents of a converted model.
+        cache_format: ``fp8``, ``int8`` or ``int4`` quantise the latents of a converted model.
         on_text: called with a prompt's index and the next piece of its text.
 
     Raises:
