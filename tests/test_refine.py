@@ -33,9 +33,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["mlakit", "transmla"])
-def test_refined_layers_err_less(
-    tiny: Path, tmp_path: Path, method: str
-) -> None:
+def test_refined_layers_err_less(tiny: Path, tmp_path: Path, method: str) -> None:
     source, errors = logits(tiny), []
     for steps in (0, 60):
         out = tmp_path / str(steps)
