@@ -17,6 +17,9 @@ PROMPTS = (
 )
 """A story, a speech and something to look up: what the demo model was trained on."""
 
+REFINE_STEPS = 20
+"""Fewer than the default: two slow cores are to be done in two minutes."""
+
 
 def demo(
     output: Annotated[
@@ -55,10 +58,18 @@ def demo(
         found.require()
 
         _step(
-            console, f"Less cache: mlakit convert DEMO -o {compressed} --cache-ratio {cache_ratio}"
+            console,
+            f"Less cache: mlakit convert DEMO -o {compressed} --cache-ratio {cache_ratio} "
+            f"--refine-steps {REFINE_STEPS}",
         )
         with show_progress() as progress:
-            convert(source, compressed, cache_ratio=cache_ratio, progress=progress)
+            convert(
+                source,
+                compressed,
+                cache_ratio=cache_ratio,
+                refine_steps=REFINE_STEPS,
+                progress=progress,
+            )
             report = evaluate(
                 str(source),
                 str(compressed),
