@@ -2,8 +2,9 @@
 
     python -m benchmarks.overview        # results/overview.json and docs/overview.png
 
-Every point is a real conversion with the published method, scored after a cached prefix by the
-same code as ``mlakit eval``; bytes are those the cache holds. Nothing is downloaded.
+Every point is a real conversion, untrained: the published method, ours as algebra alone, and ours
+as it is by default. All are scored after a cached prefix by the same code as ``mlakit eval``; bytes
+are those the cache holds. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,14 +27,19 @@ from mlakit.families import read_model
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "overview.json"
 PICTURE = ROOT / "docs" / "overview.png"
-SIZES = ((192, 64), (128, 64), (64, 64), (32, 64), (32, 32))
+SIZES = ((192, 64), (64, 64), (32, 64), (32, 32))
+METHODS: dict[str, dict[str, Any]] = {
+    "published": {"method": "transmla", "refine_steps": 0},
+    "closed_form": {"refine_steps": 0},
+    "ours": {},
+}
 SHAPES: dict[str, dict[str, int]] = {
     "Llama-2-7B": {"hidden_size": 4096, "layers": 32, "heads": 32, "groups": 32},
     "Llama-3-8B": {"hidden_size": 4096, "layers": 32, "heads": 32, "groups": 8},
     "Qwen2.5-14B": {"hidden_size": 5120, "layers": 48, "heads": 40, "groups": 8},
     "Qwen2.5-7B": {"hidden_size": 3584, "layers": 28, "heads": 28, "groups": 4},
 }
-INK, OWN, LATENT, PALE = "#22252b", "#4477aa", "#cc6644", "#c3c8d0"
+INK, OWN, LATENT, PALE, GREY = "#22252b", "#4477aa", "#cc6644", "#c3c8d0", "#8a919e"
 
 
 def measure(source: Path, folder: Path, **goal: Any) -> dict[str, Any]:
@@ -104,9 +110,15 @@ def draw(record: dict[str, Any]) -> None:
     left.set_xlabel("KV cache, KiB per token (16 bit)")
     left.legend(frameon=False, loc="lower right")
 
-    points = sorted(record["compress"].values(), key=lambda point: point["percent_of_own"])
-    shares = [point["percent_of_own"] for point in points]
-    right.plot(shares, [p["kl"] for p in points], "o-", color=LATENT, label="compress (published)")
+    sizes = sorted(record["compress"].values(), key=lambda size: size["ours"]["percent_of_own"])
+    shares = [size["ours"]["percent_of_own"] for size in sizes]
+    for name, colour, style, label in (
+        ("published", GREY, "o--", "compress, published"),
+        ("closed_form", LATENT, "o:", "compress, algebra alone"),
+        ("ours", LATENT, "o-", "compress"),
+    ):
+        kls = [size[name]["kl"] for size in sizes]
+        right.plot(shares, kls, style, color=colour, label=label)
     exact = record["equal_cache"]
     right.plot(
         [exact["percent_of_own"]], [max(exact["kl"], 1e-6)], "D", color=OWN, label="equal-cache"
@@ -129,9 +141,16 @@ def main() -> None:
         work = Path(folder)
         record["equal_cache"] = measure(source, work / "exact", equal_cache=True)
         record["compress"] = {
-            f"{rank}+{rope}": measure(
-                source, work / f"{rank}-{rope}", kv_lora_rank=rank, qk_rope_head_dim=rope
-            )
+            f"{rank}+{rope}": {
+                name: measure(
+                    source,
+                    work / f"{name}-{rank}-{rope}",
+                    kv_lora_rank=rank,
+                    qk_rope_head_dim=rope,
+                    **how,
+                )
+                for name, how in METHODS.items()
+            }
             for rank, rope in SIZES
         }
     RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
