@@ -326,6 +326,7 @@ def test_flash_mla_reads_its_own_layouts(kind):
 
 def test_never_more_than_a_chunk_at_once(monkeypatch):
     fmt, seen = CacheFormat("fp8", 64, 16), []
+    monkeypatch.setattr(cpu_rows, "CHUNK", 512)
     q, pages, table, lengths, _ = dense_problem(
         fmt, [1200, 3], 2, queries=1, block_size=16, dtype=torch.float32
     )
