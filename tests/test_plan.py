@@ -217,6 +217,13 @@ def test_the_hash_covers_what_the_result_depends_on(tiny: Path, text: Path, tmp_
     assert make_plan(other, goal, calibration=text).hash != plan.hash
 
 
+def test_every_rotary_width_that_is_allowed_has_a_plan(tiny: Path, text: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    for rope_dim in (2, 6, 10, 16):  # a head has 8, both together 16
+        goal = Goal(kv_lora_rank=4, qk_rope_head_dim=rope_dim)
+        assert make_plan(checkpoint, goal, calibration=text).target.cache_width == 4 + rope_dim
+
+
 def test_a_plan_is_plain_json_with_every_byte(tiny: Path, text: Path) -> None:
     plan = make_plan(open_checkpoint(tiny), Goal(cache_ratio=0.5), calibration=text)
     written = json.loads(json.dumps(plan.as_dict("planned")))

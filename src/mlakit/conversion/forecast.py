@@ -69,8 +69,10 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
         memory += BATCH_TOKENS * 4 * (8 * hidden + 3 * inner) + 3 * 8 * (hidden + 1) ** 2
         memory += source.num_attention_heads * BATCH_TOKENS * plan.calibration.window * 4
         disk += 2 * tokens * hidden * 4 + 8 * keys**2 * len(plan.layers)
-        folds = freqfold_candidates(source.rotary_dim, plan.target.qk_rope_head_dim or 2)
-        passes = 2 + (len(folds) / HELD_OUT if plan.goal.freqfold == "auto" else 0)
+        passes = 2.0
+        if plan.goal.method == "transmla" and plan.goal.freqfold == "auto":
+            folds = freqfold_candidates(source.rotary_dim, plan.target.qk_rope_head_dim or 2)
+            passes += len(folds) / HELD_OUT
         if plan.goal.method == "mlakit":
             passes = 1 if plan.goal.has("frequencies") else 2
             memory += 8 * (3 * plan.calibration.window**2 + 4 * source.head_dim**2) * heads
