@@ -21,7 +21,7 @@ FLOORS = [
     {"reporting", "data", "inspection"},
     {"nn"},
     {"ops"},
-    {"checkpoint", "families", "account"},
+    {"checkpoint", "families", "account", "engines.targets"},
     {"spec", "errors"},
 ]
 

@@ -13,6 +13,7 @@ import typer
 
 from mlakit.cli.progress import show_progress
 from mlakit.conversion.budget import PARTS
+from mlakit.engines.targets import TARGETS
 from mlakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ def convert(
     qk_rope_head_dim: Annotated[
         int | None, typer.Option(help="Rotary dimensions kept; default: the head size.")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option("--for", help=f"What it shall run in: {', '.join(TARGETS)}."),
+    ] = "mlakit",
     method: Annotated[
         str, typer.Option(help="How to compress: mlakit, or transmla as published.")
     ] = "mlakit",
@@ -86,6 +91,7 @@ def convert(
         "cache_ratio": cache_ratio,
         "kv_lora_rank": kv_lora_rank,
         "qk_rope_head_dim": qk_rope_head_dim,
+        "engine": engine,
         "method": method,
         "without": without or (),
         "refine_steps": _number_or_auto("--refine-steps", refine_steps),

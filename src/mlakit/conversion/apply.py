@@ -37,6 +37,7 @@ def convert(
     freqfold: int | Literal["auto"] = "auto",
     without: Sequence[str] = (),
     refine_steps: int | Literal["auto"] = "auto",
+    engine: str = "mlakit",
     calibration: str | Path | None = None,
     calibration_tokens: int = 32768,
     seed: int = 0,
@@ -66,6 +67,8 @@ def convert(
         without: parts of ``mlakit`` to leave out (``conversion.budget.PARTS``).
         refine_steps: gradient steps per layer towards the source's outputs, after the algebra;
             ``auto`` for 100, and none where the method is ``transmla``.
+        engine: what the result shall run in (``engines.targets.TARGETS``; ``--for`` on the command
+            line): sizes are picked among those it takes.
         calibration: text file, folder of texts or dataset name; the package's own text if None.
         calibration_tokens: how many tokens of it are used, at most.
         seed: chooses the windows of a longer text.
@@ -91,6 +94,7 @@ def convert(
         freqfold,
         tuple(sorted(set(without))),
         refine_steps,
+        engine,
     )
     checkpoint = open_checkpoint(model)
     plan = make_plan(

@@ -6,11 +6,15 @@ No torch here: plans are made from configs and headers alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mlakit.engines.targets import TARGETS
 from mlakit.errors import UsageError
 from mlakit.spec import AttentionSpec, RopeSpec
+
+Sizes = Sequence[tuple[int, int]]
 
 EqualCacheForm = Literal["absorbed", "article"]
 
@@ -50,6 +54,7 @@ class Goal:
         without: names of PARTS that the method ``mlakit`` does without, sorted.
         refine_steps: gradient steps per layer after the algebra; ``auto`` for AUTO_STEPS with the
             method ``mlakit`` and none elsewhere.
+        engine: what the result shall run in, of ``engines.targets.TARGETS``.
     """
 
     equal_cache: bool = False
@@ -61,6 +66,7 @@ class Goal:
     freqfold: int | Literal["auto"] = "auto"
     without: tuple[str, ...] = ()
     refine_steps: int | Literal["auto"] = "auto"
+    engine: str = "mlakit"
 
     @property
     def steps(self) -> int:
@@ -70,9 +76,9 @@ class Goal:
         return self.refine_steps
 
     def has(self, part: str) -> bool:
-        """Whether this is the method ``mlakit`` with this one of PARTS."""
+        """Whether this is the method ``mlakit`` with this one of PARTS, and the engine holds it."""
         compress = not self.equal_cache and self.method == "mlakit"
-        return compress and part not in self.without
+        return compress and part not in (*self.without, *TARGETS[self.engine].parts_off)
 
     def __post_init__(self) -> None:
         if self.form not in ("absorbed", "article"):
@@ -87,10 +93,20 @@ class Goal:
                     f"--without {part!r}: there is no such part",
                     remedy=f"known: {', '.join(PARTS)}",
                 )
+        if self.engine not in TARGETS:
+            raise UsageError(
+                f"--for {self.engine}: there is no such engine",
+                remedy=f"known: {', '.join(TARGETS)}",
+            )
         if self.without and (self.method != "mlakit" or self.equal_cache):
             raise UsageError("--without belongs to --method mlakit", remedy="leave it out")
         sizes = (self.cache_ratio, self.kv_lora_rank, self.qk_rope_head_dim)
         if self.equal_cache:
+            if self.engine != "mlakit":
+                raise UsageError(
+                    f"--for {self.engine}: only mlakit's own classes rotate as --equal-cache needs",
+                    remedy="leave out --for, or compress: --cache-ratio 0.5",
+                )
             if any(size is not None for size in sizes) or self.freqfold != "auto":
                 raise UsageError(
                     "--equal-cache fixes every size itself",
@@ -149,19 +165,27 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
             qk_rope_head_dim=groups * dim,
             rope=rope and replace(rope, blocks=groups),
         )
-    turning = source.rotary_dim
-    rope_dim = turning if goal.qk_rope_head_dim is None else goal.qk_rope_head_dim
+    turning, rope_dim = source.rotary_dim, goal.qk_rope_head_dim
     choices = rope_choices(source, goal.method)
+    sizes = TARGETS[goal.engine].sizes(source)
+    if sizes is not None:
+        choices = _engine_ropes(choices, sizes, source, goal)
+    if rope_dim is None:
+        rope_dim = turning if turning in choices or sizes is None else choices[-1]
     _check_rope_dim(rope or RopeSpec(1.0, turning), rope_dim, choices)
     if goal.method == "transmla":
         _check_freqfold(turning, rope_dim, goal.freqfold)
+    if sizes is None:
+        rank = _rank(2 * groups * dim, choices, rope_dim, goal)
+    else:
+        rank = _engine_rank(source, choices, rope_dim, sizes, goal)
     return replace(
         latent,
         mla_form="compress",
-        kv_lora_rank=_rank(2 * groups * dim, choices, rope_dim, goal),
+        kv_lora_rank=rank,
         qk_nope_head_dim=dim,
         qk_rope_head_dim=rope_dim,
-        rope=rope and _narrowed(rope, rope_dim),
+        rope=rope and _narrowed(TARGETS[goal.engine].rope(rope) or rope, rope_dim),
         o_bias=source.o_bias or goal.has("means"),
     )
 
@@ -197,6 +221,75 @@ def rope_choices(source: AttentionSpec, method: str) -> list[int]:
     if rope.rope_type not in SCALE_FREE_ROPE:
         return [rope.dim]
     return [size for size in range(2, rope.dim + 1, 2) if rope.dim % size == 0]
+
+
+def _engine_ropes(choices: list[int], sizes: Sizes, source: AttentionSpec, goal: Goal) -> list[int]:
+    """The rotary widths among ``choices`` that the engine's kernels take."""
+    wanted = goal.qk_rope_head_dim
+    taken = sorted({rope for _, rope in sizes} & set(choices))
+    if taken and (wanted is None or wanted in taken):
+        return taken
+    full = source.cache_width
+    if not sizes:
+        widths = TARGETS[goal.engine].widths or ()
+        raise UsageError(
+            f"--for {goal.engine}: its kernels cache {_words(widths)} numbers per token and layer,"
+            f" and this model has only {full}: nothing would be gained",
+            remedy="the nearest are --for mlakit, which takes any size, and the source as it is",
+        )
+    known = sorted({rope for _, rope in sizes})
+    raise UsageError(
+        f"--for {goal.engine}: its kernels take {_words(known)} rotary dimensions"
+        + (f", not {wanted}" if taken else f", which --method {goal.method} cannot keep here"),
+        remedy=f"the nearest are --for {goal.engine} --qk-rope-head-dim {known[-1]}"
+        + ("" if taken else " --method mlakit")
+        + " and --for mlakit",
+    )
+
+
+def _engine_rank(
+    source: AttentionSpec, choices: list[int], rope_dim: int, sizes: Sizes, goal: Goal
+) -> int:
+    """The rank asked for, or the largest at or below the ratio that the engine's kernels take."""
+    full, ratio = source.cache_width, goal.cache_ratio
+    taken = [rank for rank, rope in sizes if rope == rope_dim]
+    if ratio is not None and not 0 < ratio <= 1:
+        return _rank(full, choices, rope_dim, goal)  # refuses
+    wanted = goal.kv_lora_rank
+    if wanted is None:
+        wanted = math.floor((ratio or 0.0) * full + 1e-9) - rope_dim
+    below = [rank for rank in taken if rank <= wanted]
+    if below and (ratio is not None or wanted in taken):
+        return below[-1]
+    above = [rank for rank in taken if rank > wanted]
+    offers = [
+        f"--kv-lora-rank {rank}"
+        if ratio is None
+        else f"--cache-ratio {_ratio(rank + rope_dim, full)}"
+        for rank in (*below[-1:], *above[: 2 - len(below[-1:])])
+    ]
+    asked = f"--kv-lora-rank {wanted}" if ratio is None else f"--cache-ratio {ratio:g}"
+    raise UsageError(
+        f"--for {goal.engine}: {asked}: beside {rope_dim} rotary dimensions its kernels take"
+        f" {_words(taken)} as a rank",
+        remedy=f"the nearest are {' and '.join([*offers, '--for mlakit'][:2])}",
+    )
+
+
+def engine_choice(source: AttentionSpec, target: AttentionSpec, goal: Goal) -> str | None:
+    """The sizes that were picked for an engine, where they are not those asked for."""
+    wanted = math.floor((goal.cache_ratio or 0.0) * source.cache_width + 1e-9)
+    if TARGETS[goal.engine].sizes(source) is None or wanted <= target.cache_width:
+        return None
+    return (
+        f"for {goal.engine}: rank {target.kv_lora_rank} + rope {target.qk_rope_head_dim} ="
+        f" {target.cache_width} numbers per token and layer, the most its kernels take at or below"
+        f" the {wanted} asked for"
+    )
+
+
+def _words(sizes: Sequence[int]) -> str:
+    return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
 
 
 def _check_rope_dim(rope: RopeSpec, rope_dim: int, choices: list[int]) -> None:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
 from mlakit.checkpoint.reading import PLAN_NAME
-from mlakit.conversion.budget import Goal, target_layer
+from mlakit.conversion.budget import Goal, engine_choice, target_layer
 from mlakit.conversion.forecast import WINDOW, Estimate, forecast_cost, forecast_warnings
 from mlakit.data import builtin_text, read_text
+from mlakit.engines.targets import TARGETS, adaptations, require_expressible
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import FAMILIES, convertible
 from mlakit.spec import AttentionSpec, ModelSpec
@@ -188,6 +189,7 @@ def make_plan(
             " on the positions of cached keys, which the article's form rotates again",
             remedy="use --form absorbed, which is as exact",
         )
+    require_expressible(goal.engine, model, goal.method)
     layers = tuple(target_layer(layer, goal) for layer in model.layers)
     text = None
     if not goal.equal_cache:
@@ -214,8 +216,22 @@ def make_plan(
         warnings=(),
     )
     return replace(
-        plan, estimate=forecast_cost(plan, model, device), warnings=forecast_warnings(plan, model)
+        plan,
+        estimate=forecast_cost(plan, model, device),
+        warnings=(*_engine_warnings(plan, model), *forecast_warnings(plan, model)),
     )
+
+
+def _engine_warnings(plan: ConversionPlan, model: ModelSpec) -> list[str]:
+    """What was picked or given up for the engine that the result shall run in."""
+    engine = plan.goal.engine
+    found = [engine_choice(plan.source_layer, plan.target, plan.goal), *adaptations(engine, model)]
+    if plan.dtype not in TARGETS[engine].dtypes:
+        found.append(
+            f"for {engine}: its latent norm cannot be made the identity in {plan.dtype}; use"
+            " --dtype bfloat16"
+        )
+    return [sentence for sentence in found if sentence]
 
 
 def calibration_text(calibration: str | Path | None) -> str:

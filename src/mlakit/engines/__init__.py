@@ -1,0 +1,1 @@
+"""Other engines that run converted models: what each can express."""
