@@ -167,9 +167,10 @@ def test_full_rank_is_the_partial_rope_model(groups: int, rope_dim: int) -> None
         closed_form.value_metric(seen, spec, weights),
     )
     rank = 2 * groups * DIM - rope_dim
-    cut = closed_form.output_low_rank(
-        keys, weights.values, seen.attended, metric, rank, centred=True, bias=True
+    axes = closed_form.output_axes(
+        keys, weights.values, seen.attended, metric, centred=True, bias=True
     )
+    cut = axes.cut(rank)
     assert cut.kept == pytest.approx(1, abs=1e-12)
     outputs = []
     for low_rank in (closed_form.whole(keys, weights.values), cut):

@@ -23,6 +23,7 @@ METHODS = ("mlakit", "transmla")
 PARTS = {
     "unitary": "complex mixing of key heads; without: real, as TransMLA's",
     "metric": "rank by the error of the layer's output; without: balanced PCA",
+    "downstream": "errors of the output weighed by what they do to the model's predictions",
     "tokens": "tokens weighted by the attention they get",
     "means": "means of keys and values left out of the rank; needs a bias on o_proj",
     "phase": "a dropped rotation replaced by its mean phase",
@@ -78,6 +79,8 @@ class Goal:
     def has(self, part: str) -> bool:
         """Whether this is the method ``mlakit`` with this one of PARTS, and the engine holds it."""
         compress = not self.equal_cache and self.method == "mlakit"
+        if part == "downstream" and "metric" in self.without:
+            return False
         return compress and part not in (*self.without, *TARGETS[self.engine].parts_off)
 
     def __post_init__(self) -> None:

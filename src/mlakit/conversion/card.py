@@ -159,6 +159,13 @@ def findings(plan: ConversionPlan) -> list[tuple[str, str]]:
                 f" the errors were {before[-1]:.2%} and {before[len(before) // 2]:.2%}",
             )
         )
+    if "held_out_kl" in measured:
+        value = f"{measured['held_out_kl']:.4g} nats per token (KL divergence from the source's)"
+        if layers and "predicted_kl" in layers[0]:
+            predicted = sum(layer["predicted_kl"] for layer in layers)
+            refined = " without refinement" if plan.goal.steps else ""
+            value += f"; {predicted:.4g} predicted by the algebra to second order{refined}"
+        found.append(("predictions", f"{value}, held-out calibration text"))
     if layers and "error" not in layers[0] and "kept" in layers[0]:
         kept = min(layer["kept"] for layer in layers)
         found.append(("energy kept", f"{kept:.1%} in the worst layer"))

@@ -8,7 +8,7 @@ keys, and RoPE gives a score the phase ``e^{-i theta_j (m - n)}``. A layer loses
   held-out text says (``phase_factor``).
 * the joint low rank of unrotated keys and values. Errors dk, dv of a token, independent from
   token to token, change the block's output by ``E|dy|^2 = E[dk^T B_K dk + dv^T B_V dv]`` to first
-  order; ``B^1/2 cov(k, v) B^1/2`` is cut at rank C (``output_low_rank``).
+  order; ``B^1/2 cov(k, v) B^1/2`` is cut at rank C (``output_axes``).
 
 Constants are free: a constant added to all keys changes no softmax, and since attention sums to
 one the mean of the values is a constant of the output, which goes to the bias of ``o_proj``.
@@ -130,34 +130,66 @@ def key_metric(statistics: Statistics, spec: AttentionSpec, dropped: torch.Tenso
 
 
 def value_metric(
-    statistics: Statistics, spec: AttentionSpec, weights: AttentionWeights
+    statistics: Statistics,
+    spec: AttentionSpec,
+    weights: AttentionWeights,
+    importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``B_V [G d, G d]``: what errors of the values do to the output."""
+    """``B_V [G d, G d]``: what errors of the values do to the output, in its metric."""
     output = weights.o[:, :-1].unflatten(1, (len(weights.q), -1))  # [D, H, d]
+    felt = output if importance is None else torch.einsum("xy,yhv->xhv", importance, output)
     groups = (spec.num_key_value_heads, -1)
-    pairs = torch.einsum("xhu,hi,xiv->huiv", output, statistics.overlap, output)
+    pairs = torch.einsum("xhu,hi,xiv->huiv", output, statistics.overlap, felt)
     pairs = pairs.unflatten(2, groups).sum(3).unflatten(0, groups).sum(1)  # [G, d, G, d]
     return pairs.flatten(2).flatten(0, 1)
 
 
-def output_low_rank(
+@dataclass(frozen=True)
+class Axes:
+    """Keys and values of a layer along axes that matter less and less: any rank is a prefix.
+
+    Attributes:
+        energy: what each axis is worth in the metric, ``[2 G d]``, descending.
+        down: ``[2 G d, D+1]``, from the layer's input to all axes.
+        key_up: ``[G d, 2 G d]``, back to the unrotated keys.
+        value_up: ``[G d, 2 G d]``, back to the values.
+        mean: of the values, ``[G d]``, and of the axes, ``[2 G d]``; None where means are no
+            matter of their own.
+    """
+
+    energy: torch.Tensor
+    down: torch.Tensor
+    key_up: torch.Tensor
+    value_up: torch.Tensor
+    mean: tuple[torch.Tensor, torch.Tensor] | None
+
+    def cut(self, rank: int) -> LowRank:
+        """The first ``rank`` axes."""
+        key_up, value_up, offset = self.key_up[:, :rank], self.value_up[:, :rank], None
+        if self.mean is not None:
+            values, latent = self.mean
+            offset = values - value_up @ latent[:rank]
+        kept = float(self.energy[:rank].sum() / self.energy.sum().clamp_min(1e-300))
+        lost = float(self.energy[rank:].sum())
+        return LowRank(self.down[:rank], key_up, value_up, kept, offset, lost)
+
+
+def output_axes(
     keys: torch.Tensor,
     values: torch.Tensor,
     moment: torch.Tensor,
     metric: tuple[torch.Tensor, torch.Tensor],
-    rank: int,
     *,
     centred: bool,
     bias: bool,
-) -> LowRank:
-    """The joint rank that harms the output least: PCA of ``[keys; values]`` in a metric.
+) -> Axes:
+    """The axes whose first C harm the output least: PCA of ``[keys; values]`` in a metric.
 
     Args:
         keys: unrotated keys, ``[G d, D+1]``.
         values: ``[G d, D+1]``.
         moment: ``E[x x^T]`` with a one appended, ``[D+1, D+1]``.
         metric: ``B_K [G, d, d]`` and ``B_V [G d, G d]``.
-        rank: C.
         centred: means are no part of the latent; that of the values becomes ``offset``.
         bias: the latent may have a bias, and is then centred itself.
     """
@@ -166,14 +198,12 @@ def output_low_rank(
     roots, inverses = _roots(*metric)
     covariance = joint @ moment @ joint.mT - torch.outer(mean, mean)
     energy, basis = torch.linalg.eigh(roots @ covariance @ roots)
-    energy, basis = energy.flip(0).clamp_min(0), basis.flip(1)[:, :rank]
+    energy, basis = energy.flip(0).clamp_min(0), basis.flip(1)
     down, up = basis.mT @ roots @ joint, inverses @ basis
     if bias:
         down[:, -1] -= basis.mT @ roots @ mean
-    key_up, value_up = up[: len(keys)], up[len(keys) :]
-    offset = mean[len(keys) :] - value_up @ (down @ moment[:, -1]) if centred else None
-    kept = float(energy[:rank].sum() / energy.sum().clamp_min(1e-300))
-    return LowRank(down, key_up, value_up, kept, offset, float(energy[rank:].sum()))
+    means = (mean[len(keys) :], down @ moment[:, -1]) if centred else None
+    return Axes(energy, down, up[: len(keys)], up[len(keys) :], means)
 
 
 def balance_metric(

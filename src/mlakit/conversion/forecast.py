@@ -26,6 +26,9 @@ HELD_OUT = 8
 STEP_TOKENS = 2048
 """Tokens of one gradient step of a refinement."""
 
+SENSITIVITY_TOKENS = 8192
+"""Calibration tokens whose gradients are looked at, one pass up and one down."""
+
 CHECKS = 10
 """How often a refinement looks at the held-out error; the best state found is kept."""
 
@@ -74,9 +77,14 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
             folds = freqfold_candidates(source.rotary_dim, plan.target.qk_rope_head_dim or 2)
             passes += len(folds) / HELD_OUT
         if plan.goal.method == "mlakit":
-            passes = 1 if plan.goal.has("frequencies") else 2
+            passes = (1 if plan.goal.has("frequencies") else 2) + 2 / HELD_OUT
             memory += 8 * (3 * plan.calibration.window**2 + 4 * source.head_dim**2) * heads
             memory += 2 * 4 * tokens // HELD_OUT * hidden
+            disk += 8 * 2 * keys * (2 * keys + hidden) * len(plan.layers)
+        if plan.goal.has("downstream"):
+            sensed = min(tokens, SENSITIVITY_TOKENS)
+            passes += 4 * sensed / tokens
+            disk += 4 * hidden * ((len(plan.layers) + 2) * sensed + len(plan.layers) * hidden)
         each = 2.0 * layer_size + 4.0 * hidden**2
         if plan.goal.steps:
             passes += 2

@@ -61,6 +61,7 @@ class Observer:
         frequencies: its rotary frequencies, ``[d/2]``.
         factor: what its rotary embedding multiplies cos and sin with.
         windows: the first so many windows count; later ones are held out and kept as they are.
+        importance: ``[D, D]``, the metric of the block's output; None for plain squares.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class Observer:
         frequencies: torch.Tensor,
         factor: float,
         windows: int,
+        importance: torch.Tensor | None = None,
     ) -> None:
         self.weights = weights
         self.projections = [part.float() for part in (weights.q, weights.k, weights.v)]
-        blocks = weights.o[:, :-1].float().unflatten(1, (spec.num_attention_heads, -1))  # [D, H, V]
-        self.gram = torch.einsum("xhv,xhu->hvu", blocks, blocks)
+        blocks = weights.o[:, :-1].unflatten(1, (spec.num_attention_heads, -1))  # [D, H, V]
+        felt = blocks if importance is None else torch.einsum("xy,yhv->xhv", importance, blocks)
+        self.gram = torch.einsum("xhv,xhu->hvu", blocks, felt).float()
         self.spec = spec
         self.frequencies, self.factor = frequencies, factor
         self.windows = windows

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from mlakit.checkpoint import (
     Checkpoint,
@@ -29,15 +30,16 @@ from mlakit.conversion.factor import (
     latent_bound,
 )
 from mlakit.conversion.fit import Fit
+from mlakit.conversion.judge import Judge
 from mlakit.conversion.plan import WORK_NAME, ConversionPlan, Progress
 from mlakit.conversion.refine import Refiner
 from mlakit.conversion.stream import LayerReader
+from mlakit.conversion.survey import Survey
 from mlakit.conversion.transmla import LayerResult, TransMLA
 from mlakit.errors import MlakitError, UsageError
 from mlakit.families import FAMILIES, read_model
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-METHODS: dict[str, type[Fit] | type[TransMLA]] = {"mlakit": Fit, "transmla": TransMLA}
 HIGHEST_EXPONENT = {"float16": 15}
 """float16 holds no power of two above 2^15; elsewhere any exponent fits."""
 
@@ -114,17 +116,44 @@ class Run:
             for index, tensors, facts in self._equal_cache():
                 self._write_layer(index, tensors, facts)
             return {}
-        method = METHODS[self.plan.method](
-            self.reader, self.plan, self.windows, self.work, self.progress
-        )
+        measured: dict[str, Any] = {"calibration_windows": len(self.windows)}
+        common = (self.reader, self.plan, self.windows, self.work, self.progress)
+        if self.plan.goal.method == "transmla":
+            method = TransMLA(*common)
+            self._write_layers(method)
+            return measured | method.measured
+        survey = Survey(*common)
+        survey.run()
+        self._write_layers(Fit(survey, self.plan))
+        return measured | survey.measured | self._judged()
+
+    def _write_layers(self, method: Fit | TransMLA) -> None:
+        """Every layer that is not there yet, refined if it shall be."""
         refiner = None
-        if self.plan.goal.steps:
+        if self.plan.goal.steps and self.windows is not None:
             refiner = Refiner(self.reader, self.plan, self.windows, self.work, self.progress)
         for index, tensors, facts in method.layers(self._is_done):
             if refiner is not None:
                 tensors, facts = refiner.refine(index, tensors, facts)
             self._write_layer(index, tensors, facts)
-        return {"calibration_windows": len(self.windows), **method.measured}
+
+    def _judged(self) -> dict[str, Any]:
+        """What the layers on disk lose on the held-out windows."""
+        assert self.windows is not None
+        judge = Judge(self.reader, self.plan, self.windows, self.work, self.work, self.progress)
+        for index in range(len(self.plan.layers)):
+            prefix = self.family.attention_prefix(index)
+            stored = load_file(self.shards.path(index + 1))
+            tensors = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in stored.items()
+                if name.startswith(prefix)
+            }
+            facts = json.loads(self._facts(index).read_text())
+            judge.see(index, tensors, facts.get("frequencies"))
+            if "error" not in facts:
+                write_json_atomic(self._facts(index), {**facts, **judge.layers[index]})
+        return {"held_out_kl": judge.divergence()}
 
     def _finish(self, measured: dict[str, Any]) -> ConversionPlan:
         """The tensors outside the layers, then config, card and index; then the work is gone."""
@@ -166,7 +195,7 @@ class Run:
         """One shard: the new attention tensors, and the layer's other tensors as they are."""
         down = tensors["kv_a_proj_with_mqa.weight"]
         bias = tensors.get("kv_a_proj_with_mqa.bias", down.new_zeros(len(down)))
-        latent = torch.cat([down, bias[:, None]], 1)[: self.plan.target.kv_lora_rank]
+        latent = torch.cat([down, bias[:, None]], 1)[: self.plan.layers[index].kv_lora_rank]
         weights = layer_weights(self.reader, index)
         bound = latent_bound(latent, weights.norm)
         write_json_atomic(

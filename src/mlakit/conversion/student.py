@@ -68,6 +68,7 @@ class Student(nn.Module):
         rank = tensors["kv_b_proj.weight"].shape[1]
         sizes = {
             "kv_lora_rank": rank,
+            "kv_lora_ranks": None,
             "latent_norm_eps": 4.0**WIDE_EXPONENT,
             "rope_inv_freq": [list(frequencies)] * config["num_hidden_layers"],
             "o_bias": "o_proj.bias" in tensors,
@@ -97,13 +98,24 @@ class Student(nn.Module):
         return output, None
 
     @torch.no_grad()
-    def error(self, windows: Sequence[HeldOut]) -> float:
-        """Squared error of the output over the variance of the source's, on held-out windows."""
-        wrong, whole = 0.0, 0.0
+    def error(self, windows: Sequence[HeldOut], importance: torch.Tensor | None = None) -> float:
+        """Squared error of the output on held-out windows.
+
+        Args:
+            windows: inputs and outputs of the source's layer.
+            importance: ``[D, D]`` float64, a metric of the output.
+
+        Returns:
+            Its mean over tokens in this metric; without one over the variance of the source's.
+        """
+        wrong, whole, tokens = 0.0, 0.0, 0
         mean = torch.stack([window.outputs.mean(0) for window in windows]).mean(0)
         for window in windows:
             mask = None if window.mask is None else window.mask[None, None]
             output = self(window.inputs[None], mask)[0][0]
-            wrong += float((output - window.outputs).double().square().sum())
+            change = (output - window.outputs).double()
+            felt = change if importance is None else change @ importance
+            wrong += float((felt * change).sum())
             whole += float((window.outputs - mean).double().square().sum())
-        return wrong / max(whole, 1e-30)
+            tokens += len(change)
+        return wrong / (max(whole, 1e-30) if importance is None else tokens)

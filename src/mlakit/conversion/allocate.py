@@ -1,0 +1,139 @@
+"""From predicted loss to sizes: the curve, ranks per layer, and the search for a given loss.
+
+The algebra predicts what a rank costs: rotations dropped and axes cut change a block's output,
+and the metric of ``sensitivity`` turns that into nats of KL divergence, which add up over layers
+to second order. No torch here.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+RANK_STEP = 16
+"""Ranks that are chosen here are multiples of this where the source caches 256 numbers or more."""
+
+CURVE_POINTS = 12
+SEARCH_ROUNDS = 6
+"""Conversions that ``--max-kl`` may take; the last of them is the result."""
+
+CLOSE_ENOUGH = 0.8
+"""A measured loss above this share of the one allowed ends the search."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size: ranks per layer, the share of the source's cache, predicted nats per token."""
+
+    ranks: tuple[int, ...]
+    cache_ratio: float
+    predicted_kl: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the layers of a model lose at any rank, nats per token.
+
+    Attributes:
+        rotations: per layer, of the rotations that are dropped.
+        axes: per layer, of each axis that is cut; descending, and at least ``highest`` of them.
+        rope_dim: R.
+        full: numbers that a source layer caches per token.
+    """
+
+    rotations: tuple[float, ...]
+    axes: tuple[tuple[float, ...], ...]
+    rope_dim: int
+    full: int
+
+    @property
+    def highest(self) -> int:
+        """The largest rank."""
+        return self.full - self.rope_dim
+
+    @property
+    def step(self) -> int:
+        """What chosen ranks are multiples of."""
+        return RANK_STEP if self.full >= 256 and self.highest >= RANK_STEP else 1
+
+    def predicted(self, ranks: Sequence[int]) -> float:
+        """Nats per token at these ranks, before any refinement."""
+        tails = (sum(axes[rank:]) for axes, rank in zip(self.axes, ranks, strict=True))
+        return sum(self.rotations) + sum(tails)
+
+    def point(self, ranks: Sequence[int]) -> Point:
+        """These ranks with what they keep and cost."""
+        width = sum(ranks) + self.rope_dim * len(ranks)
+        return Point(tuple(ranks), width / (self.full * len(ranks)), self.predicted(ranks))
+
+    def measured(self, total: int) -> tuple[int, ...]:
+        """Ranks that sum up to at most ``total`` and lose least in all.
+
+        The next step goes where it saves most. Losses of axes descend, so that is the best of all
+        divisions into whole steps, at least one for each layer.
+        """
+        count, step, most = len(self.axes), self.step, self.highest // self.step
+        ranks = [1] * count
+        left = total // step - count
+
+        def entry(layer: int) -> tuple[float, int]:
+            start = ranks[layer] * step
+            return -sum(self.axes[layer][start : start + step]), layer
+
+        queue = [entry(layer) for layer in range(count) if most > 1]
+        heapq.heapify(queue)
+        while queue and left > 0:
+            _, layer = heapq.heappop(queue)
+            ranks[layer] += 1
+            left -= 1
+            if ranks[layer] < most:
+                heapq.heappush(queue, entry(layer))
+        return tuple(rank * step for rank in ranks)
+
+    def sizes(self, measured: bool) -> list[Point]:
+        """Every size to choose from, ascending: one rank for all layers, or one for each."""
+        count = len(self.axes)
+        even = [*range(self.step, self.highest, self.step), self.highest]
+        if not measured:
+            return [self.point([rank] * count) for rank in even]
+        return [self.point(self.measured(rank * count)) for rank in even]
+
+    def curve(self, measured: bool) -> list[Point]:
+        """A dozen sizes, spread evenly over those there are."""
+        sizes = self.sizes(measured)
+        count = min(CURVE_POINTS, len(sizes))
+        picked = {round(i * (len(sizes) - 1) / max(count - 1, 1)) for i in range(count)}
+        return [sizes[index] for index in sorted(picked)]
+
+
+def next_size(
+    predicted: Sequence[float], tried: Sequence[tuple[int, float]], limit: float
+) -> int | None:
+    """The size to convert to next in search of the smallest one within ``limit``.
+
+    The prediction says how the loss falls with the size; each measurement corrects its scale.
+
+    Args:
+        predicted: nats of each size, ascending sizes.
+        tried: sizes that were converted to, in order, with the nats measured.
+        limit: nats allowed.
+
+    Returns:
+        Its index, or None when the last one tried is the answer. Where even the largest size is
+        above the limit, that one is tried last.
+    """
+    within = [index for index, found in tried if found <= limit]
+    above = [index for index, found in tried if found > limit]
+    low, high = max(above, default=-1), min(within, default=len(predicted))
+    best = next((found for index, found in tried if index == high), 0.0)
+    spent = len(tried) >= SEARCH_ROUNDS - 1
+    if high - low == 1 or best > CLOSE_ENOUGH * limit or spent:
+        answer = min(high, len(predicted) - 1)
+        return None if tried and tried[-1][0] == answer else answer
+    scale = 1.0
+    if tried:
+        index, found = tried[-1]
+        scale = found / max(predicted[index], 1e-30)
+    fitting = (i for i, value in enumerate(predicted) if value * scale <= limit)
+    return min(max(next(fitting, len(predicted) - 1), low + 1), high - 1)

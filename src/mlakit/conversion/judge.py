@@ -1,0 +1,94 @@
+"""What a written conversion loses on the held-out windows: per layer, and in the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlakit.conversion.calibrate import batch_size, split_held_out
+from mlakit.conversion.card import converted_config
+from mlakit.conversion.factor import Tensors
+from mlakit.conversion.head import Head
+from mlakit.conversion.observe import HeldOut
+from mlakit.conversion.plan import ConversionPlan, Progress
+from mlakit.conversion.sensitivity import importance
+from mlakit.conversion.stream import LayerReader, Stream
+from mlakit.conversion.student import Student, layer_schedule
+
+
+class Judge:
+    """Runs source and result, one layer of each at a time, over windows no statistic has seen.
+
+    Args:
+        reader: the source.
+        plan: the result's sizes.
+        windows: token ids ``[windows, T]``; the held-out ones among them are looked at.
+        sensed: the folder of ``Sensitivity``.
+        work: for the two streams.
+        progress: told about every layer.
+    """
+
+    def __init__(
+        self,
+        reader: LayerReader,
+        plan: ConversionPlan,
+        windows: torch.Tensor,
+        sensed: Path,
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        self.reader, self.plan, self.sensed, self.progress = reader, plan, sensed, progress
+        windows = split_held_out(windows)[1]
+        size = batch_size(windows.shape[1])
+        self.source = Stream(work, "judge-source", windows, reader, size)
+        self.result = Stream(work, "judge-result", windows, reader, size)
+        self.config = converted_config(reader.checkpoint.config, plan, reader.spec, 0)
+        self.layers: list[dict[str, float]] = []
+
+    def see(self, index: int, tensors: Tensors, frequencies: Sequence[float] | None) -> None:
+        """Takes the next layer.
+
+        Args:
+            index: of the layer; they come in order, all of them.
+            tensors: the layer's attention as it is written, named below ``self_attn.``.
+            frequencies: what its rotary dimensions turn with; None for the config's schedule.
+        """
+        self.progress("judge", index, len(self.plan.layers))
+        if index == 0:
+            for stream in (self.source, self.result):
+                stream.start(0)
+        model = self.reader.layer(index)
+        seen: list[HeldOut] = []
+
+        def keep(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            hidden, mask = args[0] if args else kwargs["hidden_states"], kwargs["attention_mask"]
+            for row, (x, y) in enumerate(zip(hidden, output[0], strict=True)):
+                own = None if mask is None else mask[row if len(mask) > 1 else 0, 0]
+                seen.append(HeldOut(x, y, own))
+
+        hook = model.layers[0].self_attn.register_forward_hook(keep, with_kwargs=True)
+        self.source.run(index, model)
+        hook.remove()
+        turns = layer_schedule(self.config, index).tolist() if frequencies is None else frequencies
+        student = Student(self.config, index, tensors, turns, self.reader.device)
+        found = {"error": student.error(seen)}
+        if self.plan.goal.has("downstream"):
+            metric = importance(self.sensed, index).to(self.reader.device)
+            found["kl"] = student.error(seen, metric) / 2
+        self.layers.append(found)
+        model.layers[0].self_attn = student
+        self.result.run(index, model)
+        for stream in (self.source, self.result):
+            stream.inputs(index).remove()
+
+    def divergence(self) -> float:
+        """Mean KL divergence of the result's predictions from the source's, nats per token."""
+        head, last = Head(self.reader), len(self.plan.layers)
+        batches = zip(*(stream.inputs(last).batches(1) for stream in (self.source, self.result)))
+        parts = [head.divergence(*batch).mean() for batch in batches]
+        for stream in (self.source, self.result):
+            stream.inputs(last).remove()
+        return float(torch.stack(parts).mean())
