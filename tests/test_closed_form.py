@@ -125,7 +125,10 @@ def rope_of(
     weights: AttentionWeights, statistics: Statistics, rope_dim: int, **options: object
 ) -> Rope:
     settings = {"schedule": None, "shrinkage": 0.0, "unitary": True, "sensitive": True, **options}
-    return closed_form.choose_rope(weights, statistics, FREQUENCIES, 1.0, rope_dim, **settings)
+    moment = closed_form.key_moment(weights, statistics)
+    return closed_form.choose_rope(
+        weights, statistics, moment, FREQUENCIES, 1.0, rope_dim, **settings
+    )
 
 
 @settings(max_examples=25, deadline=None)

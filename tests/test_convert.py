@@ -145,7 +145,7 @@ def partial_rope_logits(source: Path, plan: ConversionPlan, text: Path) -> torch
         layer = partial_rope_layer(reader, index, weights, rotation)
         hidden = list(run_layer(layer, hidden, reader.device))
     norm, output = reader.head()
-    return norm(hidden[0]) @ output.mT
+    return norm(hidden[0]) @ output.float().mT
 
 
 @pytest.mark.parametrize("mode", MODES)

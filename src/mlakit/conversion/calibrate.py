@@ -19,6 +19,7 @@ from torch.nn import functional
 from mlakit.conversion.adapt import source_weights
 from mlakit.conversion.factor import AttentionWeights, compress_query
 from mlakit.conversion.forecast import BATCH_TOKENS, HELD_OUT
+from mlakit.conversion.head import VOCABULARY_SLICE
 from mlakit.conversion.plan import Calibration
 from mlakit.conversion.rotate import Rotation
 from mlakit.conversion.stream import LayerReader, run_layer
@@ -97,11 +98,11 @@ class Moment:
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        x = self.weights.inputs(hidden).flatten(0, -2).double()
-        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        square = x.mT @ x
-        self._sum = square if self._sum is None else self._sum + square
-        self._count += len(x)
+        for x in self.weights.inputs(hidden):
+            x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+            square = x.mT @ x  # of one window, as exact as its factors; their sum is float64
+            self._sum = square.double() if self._sum is None else self._sum.add_(square)
+            self._count += len(x)
 
 
 class PartialRope(nn.Module):
@@ -240,7 +241,9 @@ def partial_rope_perplexity(
     total, count = 0.0, 0
     for batch, ids in zip(hidden, windows.split(size), strict=True):
         for states, tokens in zip(batch, ids, strict=True):  # one window's logits at a time
-            logits = norm(states[:-1].to(reader.device)) @ output.mT
+            normed = norm(states[:-1].to(reader.device))
+            slices = [normed @ rows.float().mT for rows in output.split(VOCABULARY_SLICE)]
+            logits = torch.cat(slices, 1)
             logits = reader.family.logits(filled, logits)
             loss = functional.cross_entropy(logits, tokens[1:].to(reader.device), reduction="sum")
             total, count = total + float(loss), count + len(tokens) - 1

@@ -61,9 +61,18 @@ def phase_error(mean: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
     return 1 - 2 * (constant.conj() * mean).real + constant.abs().square()
 
 
+def key_moment(weights: AttentionWeights, statistics: Statistics) -> torch.Tensor:
+    """``E[kappa kappa^H]`` of each frequency, ``[d/2, G, G]`` complex128."""
+    keys, (groups, dim) = weights.keys, weights.k.shape[:2]
+    moment = hermitian_moment(keys @ statistics.inputs @ keys.mT, groups)
+    moment = moment.unflatten(0, (dim // 2, groups)).unflatten(2, (dim // 2, groups))
+    return moment.diagonal(0, 0, 2).permute(2, 0, 1)
+
+
 def choose_rope(
     weights: AttentionWeights,
     statistics: Statistics,
+    moment: torch.Tensor,
     frequencies: torch.Tensor,
     factor: float,
     rope_dim: int,
@@ -78,6 +87,7 @@ def choose_rope(
     Args:
         weights: the source layer.
         statistics: of its attention.
+        moment: ``key_moment`` of the layer.
         frequencies: the source's, ``[d/2]``; zero where a pair does not turn.
         factor: what its rotary embedding multiplies cos and sin with.
         rope_dim: R.
@@ -97,12 +107,8 @@ def choose_rope(
         other = statistics.phase(frequencies[:, None] - schedule)  # [H, d/2, R/2]
         left = energy[..., None] * phase_error(other, phase_factor(other, shrinkage))
         avoided = 1 - left.sum(0) / lost.sum(0).clamp_min(1e-30)[:, None]
-    keys = weights.keys
-    moment = hermitian_moment(keys @ statistics.inputs @ keys.mT, groups)
-    half = len(frequencies)
-    moment = moment.unflatten(0, (half, groups)).unflatten(2, (half, groups))
     kept = keep_rope(
-        moment.diagonal(0, 0, 2).permute(2, 0, 1),
+        moment,
         lost.unflatten(0, (groups, -1)).sum(1).mT,
         frequencies,
         rope_dim // 2,
@@ -136,10 +142,10 @@ def value_metric(
     importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``B_V [G d, G d]``: what errors of the values do to the output, in its metric."""
-    output = weights.o[:, :-1].unflatten(1, (len(weights.q), -1))  # [D, H, d]
-    felt = output if importance is None else torch.einsum("xy,yhv->xhv", importance, output)
-    groups = (spec.num_key_value_heads, -1)
-    pairs = torch.einsum("xhu,hi,xiv->huiv", output, statistics.overlap, felt)
+    output, heads, groups = weights.o[:, :-1], len(weights.q), (spec.num_key_value_heads, -1)
+    felt = output if importance is None else importance @ output
+    pairs = (output.mT @ felt).unflatten(1, (heads, -1)).unflatten(0, (heads, -1))
+    pairs *= statistics.overlap[:, None, :, None]  # [H, d, H, d]
     pairs = pairs.unflatten(2, groups).sum(3).unflatten(0, groups).sum(1)  # [G, d, G, d]
     return pairs.flatten(2).flatten(0, 1)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WINDOW = 512
 """Tokens per calibration window, or the source's context if that is shorter."""
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens that go through a layer together."""
 
 HELD_OUT = 8

@@ -83,7 +83,8 @@ class Head:
         self, states: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Per slice of the vocabulary: its rows, the logits, their slope in ``rows @ states``."""
-        for rows in self.output.split(VOCABULARY_SLICE):
+        for stored in self.output.split(VOCABULARY_SLICE):
+            rows = stored.float()
             plain = (states @ rows.mT).requires_grad_(True)
             with torch.enable_grad():
                 logits = self.reader.family.logits(self.config, plain)

@@ -91,27 +91,26 @@ class Observer:
         attention.register_forward_hook(self._see, with_kwargs=True)
 
     def statistics(self) -> Statistics:
-        """The means of all that was seen.
+        """The means of all that was seen since it was last asked.
 
         Raises:
             MlakitError: there are numbers among them that are not finite.
         """
         sums, tokens = self._sums, self._tokens
+        self._sums = {}
         if not all(bool(value.isfinite().all()) for value in sums.values()):
             raise MlakitError(
                 "The activations are not finite numbers",
                 remedy="check that the source itself works: mlakit generate",
             )
-        length = sums["attention"].shape[-1]
-        steps = [sums["attention"].diagonal(-gap, 1, 2).sum(1) for gap in range(length)]
         mean = sums["output"] / tokens
         return Statistics(
-            inputs=sums["inputs"] / tokens,
-            attended=sums["attended"] / self._weight,
+            inputs=sums["inputs"].div_(tokens),
+            attended=sums["attended"].div_(self._weight),
             queries=sums["queries"] / tokens,
             sensitive=sums["sensitive"] / tokens,
             overlap=sums["overlap"] / tokens,
-            distances=torch.stack(steps, 1) / tokens,
+            distances=sums["distances"] / tokens,
             output=float(sums["output_square"] / tokens - mean @ mean),
         )
 
@@ -124,10 +123,13 @@ class Observer:
                 self.windows -= 1
                 self._add(x, y, own)
             else:
-                self.held_out.append(HeldOut(x, y, own))
+                self.held_out.append(HeldOut(x.clone(), y.clone(), own))
 
     def _add(self, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """One window: inputs ``[T, D]``, outputs ``[T, D]``, mask ``[T, T]``."""
+        """One window: inputs ``[T, D]``, outputs ``[T, D]``, mask ``[T, T]``.
+
+        Products of one window are float32, as their factors are; their sums are float64.
+        """
         ones = x.new_ones(len(x), 1)
         normed = self.weights.normed
         hidden = torch.cat([x, ones], 1)
@@ -142,26 +144,28 @@ class Observer:
         attention, slope = self._attention(query, key, mask)
         out = attention @ value
         turned = value @ self.gram  # v^T W_O^T W_O
-        distance = (turned * value).sum(-1)[:, None] + (out @ self.gram * out).sum(-1)[..., None]
-        distance = (distance - 2 * out @ turned.mT).clamp_min(0)  # |W_O (v_n - o_m)|^2
+        own, read = (turned * value).sum(-1), (out @ self.gram * out).sum(-1)
+        distance = (out @ turned.mT).mul_(-2).add_(own[:, None]).add_(read[..., None])
         square = attention.square()
-        weight = (square * slope.square() * distance).sum(-1)  # [H, T]
-        tokens = square.sum((0, 1)).double()
-        x, flat = x.double(), attention.flatten(1)
+        # |W_O (v_n - o_m)|^2 of every key n and query m, weighted
+        weight = distance.clamp_min_(0).mul_(square).mul_(slope.square()).sum(-1)  # [H, T]
+        tokens = square.sum((0, 1))
+        flat = attention.flatten(1)
         self._tokens += len(x)
-        self._weight += float(tokens.sum())
+        self._weight += float(tokens.double().sum())
         for name, term in {
             "inputs": x.mT @ x,
             "attended": (x * tokens[:, None]).mT @ x,
             "queries": query.mT @ query,
             "sensitive": (query * weight[..., None]).mT @ query,
             "overlap": flat @ flat.mT,
-            "attention": attention,
+            "distances": _by_distance(attention),
             "output": y.double().sum(0),
             "output_square": y.double().square().sum(),
         }.items():
-            term = term.double()
-            self._sums[name] = self._sums[name] + term if name in self._sums else term
+            if name not in self._sums:
+                self._sums[name] = torch.zeros_like(term, dtype=torch.float64)
+            self._sums[name] += term
 
     def _attention(
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
@@ -187,6 +191,14 @@ class Observer:
         else:
             scores = scores + mask
         return scores.softmax(-1), slope
+
+
+def _by_distance(attention: torch.Tensor) -> torch.Tensor:
+    """Sums of ``[H, T, T]`` over queries, by how far back the key is, ``[H, T]``."""
+    length = attention.shape[-1]
+    flat = nn.functional.pad(attention.flatten(1), (0, length))
+    sums = flat.unflatten(1, (length, length + 1)).sum(1)  # each row starts one key earlier
+    return torch.cat([sums[:, :1], sums[:, 2:].flip(1)], 1)
 
 
 @dataclass(frozen=True)

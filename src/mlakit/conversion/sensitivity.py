@@ -114,7 +114,7 @@ class Sensitivity:
                     output, (hidden, seen.pop()), gradient.to(self.reader.device)
                 )
                 write(below)
-                flat = own.flatten(0, 1).double()
+                flat = own.flatten(0, 1)
                 total += flat.mT @ flat
         if not bool(total.isfinite().all()):
             raise MlakitError(

@@ -15,6 +15,7 @@ from torch import nn
 
 from mlakit.checkpoint import Checkpoint
 from mlakit.checkpoint.writing import atomic_file
+from mlakit.conversion.machine import cpu_multiplies_bfloat16
 from mlakit.errors import UnsupportedModelError
 from mlakit.families import FAMILIES, Family
 from mlakit.spec import ModelSpec
@@ -162,12 +163,21 @@ class LayerReader:
     def layer(self, index: int) -> Any:
         """A model of this one layer, float32; call it with ``inputs_embeds``.
 
-        Its ``last_hidden_state`` is what the layer gives to the next one.
+        Its ``last_hidden_state`` is what the layer gives to the next one. A feed-forward block
+        that is stored in bfloat16 stays so where the device multiplies it fast, as the source
+        itself runs: most of a layer's weights are then pages of the checkpoint's own file.
         """
         model = self._skeleton(index)
-        tensors = {name: tensor.float() for name, tensor in self.tensors(index).items()}
-        tensors = module_tensors(tensors, self.family)
+        tensors = module_tensors(self.tensors(index), self.family)
+        block = {name for name in tensors if name.startswith("mlp.")}
+        narrow = {tensors[name].dtype for name in block} == {torch.bfloat16}
+        narrow = narrow and multiplies_bfloat16(self.device)
+        for name in tensors.keys() - (block if narrow else set()):
+            tensors[name] = tensors[name].float()
         model.layers[0].load_state_dict(tensors, assign=True)
+        if narrow:
+            model.layers[0].mlp.register_forward_pre_hook(_narrow)
+            model.layers[0].mlp.register_forward_hook(_widen)
         model.norm = nn.Identity()
         return model.to(self.device)
 
@@ -190,14 +200,14 @@ class LayerReader:
         return longest * self.family.embedding_scale(self.spec.config)
 
     def head(self) -> tuple[nn.Module, torch.Tensor]:
-        """The final norm and the output matrix ``[vocabulary, D]``, float32."""
+        """The final norm, float32, and the output matrix ``[vocabulary, D]`` as it is stored."""
         norm = self._skeleton(0).norm
         name = self.family.final_norm
         stored = {kind: self.checkpoint.read(f"{name}.{kind}") for kind in self.family.norm_tensors}
         norm.load_state_dict({kind: part.float() for kind, part in stored.items()}, assign=True)
         tied = self.spec.tie_word_embeddings
         name = self.family.embedding if tied else self.family.output
-        return norm.to(self.device), self.checkpoint.read(name).float().to(self.device)
+        return norm.to(self.device), self.checkpoint.read(name).to(self.device)
 
     def embed(self, windows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
         """Embeddings ``[b, T, D]`` of windows ``[windows, T]`` of token ids, in batches."""
@@ -227,6 +237,24 @@ class LayerReader:
         model.embed_tokens = nn.Identity()
         model.rotary_emb = type(model.rotary_emb)(config=config)
         return model.eval()
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 products with float32 sums."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and cpu_multiplies_bfloat16()
+
+
+def _narrow(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return args[0].bfloat16(), *args[1:]
+
+
+def _widen(module: nn.Module, args: Any, output: Any) -> Any:
+    """Float32 again; some blocks also give what their router decided."""
+    if isinstance(output, tuple):
+        return output[0].float(), *output[1:]
+    return output.float()
 
 
 @torch.no_grad()

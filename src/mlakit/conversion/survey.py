@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,17 @@ from safetensors.torch import load_file, save
 from mlakit.checkpoint import write_json_atomic
 from mlakit.checkpoint.writing import atomic_file
 from mlakit.conversion import closed_form
-from mlakit.conversion.adapt import stored_tensors
 from mlakit.conversion.calibrate import batch_size, layer_weights, split_held_out
 from mlakit.conversion.card import converted_config
 from mlakit.conversion.closed_form import Axes, Rope
-from mlakit.conversion.factor import AttentionWeights, LowRank, Tensors
+from mlakit.conversion.factor import AttentionWeights
 from mlakit.conversion.observe import HeldOut, Observer, Statistics
 from mlakit.conversion.plan import ConversionPlan, Progress
 from mlakit.conversion.rotate import KeptRope
 from mlakit.conversion.sensitivity import Sensitivity
 from mlakit.conversion.stream import LayerReader, Stream
-from mlakit.conversion.student import Student, layer_schedule
+from mlakit.conversion.student import layer_schedule
+from mlakit.conversion.trial import Trial
 
 SHRINKAGES = (1.0, 0.75, 0.5, 0.25, 0.0)
 """How much of the measured mean phase is taken; tried in this order."""
@@ -45,13 +46,17 @@ class Layer:
     """A source layer and what was seen of it; ``importance`` is the metric of its output."""
 
     index: int
-    source: Tensors
     weights: AttentionWeights
     statistics: Statistics
     held_out: list[HeldOut]
     importance: torch.Tensor | None
     frequencies: torch.Tensor
     factor: float
+
+    @cached_property
+    def key_moment(self) -> torch.Tensor:
+        """``closed_form.key_moment``."""
+        return closed_form.key_moment(self.weights, self.statistics)
 
 
 @dataclass(frozen=True)
@@ -181,19 +186,20 @@ class Survey:
     ) -> tuple[Rope, dict[str, Any]]:
         """The rotations to keep, judged by the held-out error before any rank is cut."""
         best, chosen = float("inf"), None
+        spec = self.reader.spec.layers[layer.index]
+        trial = Trial(layer.weights, spec, layer.factor, layer.held_out)
         for schedule in schedules:
             for shrinkage in SHRINKAGES if self.goal.has("phase") else (0.0,):
                 rope = self._rope(layer, schedule, shrinkage)
-                student = self._student(layer, rope)
-                error = student.error(layer.held_out, layer.importance)
+                error = trial.error(rope, layer.importance)
                 if error < best:
-                    best, chosen = error, (rope, shrinkage, student)
+                    best, chosen = error, (rope, shrinkage)
         assert chosen is not None
-        rope, shrinkage, student = chosen
+        rope, shrinkage = chosen
         facts: dict[str, Any] = {"shrinkage": shrinkage}
         if layer.importance is None:
             return rope, {**facts, "rope_error": best}
-        return rope, {**facts, "rope_error": student.error(layer.held_out), "rope_kl": best / 2}
+        return rope, {**facts, "rope_error": trial.error(rope), "rope_kl": best / 2}
 
     def _observe(self, index: int) -> Layer:
         """Runs a layer on its stored inputs, and stores the next layer's."""
@@ -207,7 +213,6 @@ class Survey:
         self.stream.run(index, model)
         return Layer(
             index,
-            self.reader.attention(index),
             weights,
             observer.statistics(),
             observer.held_out,
@@ -245,6 +250,7 @@ class Survey:
         return closed_form.choose_rope(
             layer.weights,
             layer.statistics,
+            layer.key_moment,
             layer.frequencies,
             layer.factor,
             self.plan.target.qk_rope_head_dim or 0,
@@ -253,13 +259,3 @@ class Survey:
             unitary=self.goal.has("unitary"),
             sensitive=self.goal.has("metric"),
         )
-
-    def _student(self, layer: Layer, rope: Rope) -> Student:
-        """The layer with these rotations and no rank cut."""
-        keys = closed_form.unrotated_keys(layer.weights, rope.kept)
-        whole: LowRank = closed_form.whole(keys, layer.weights.values)
-        spec, target = self.reader.spec.layers[layer.index], self.plan.layers[layer.index]
-        new = closed_form.latent_tensors(layer.weights, spec, rope, whole)
-        tensors = stored_tensors(new, layer.source, spec, target)
-        frequencies = rope.kept.frequencies.tolist()
-        return Student(self.config, layer.index, tensors, frequencies, self.reader.device)

@@ -1,0 +1,121 @@
+"""Trying out which rotations a layer keeps: its output on held-out text, before any rank is cut.
+
+Candidates differ in nothing but queries and keys, so these are computed once, and each candidate
+costs one attention and one output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mlakit.conversion.calibrate import attend
+from mlakit.conversion.closed_form import Rope
+from mlakit.conversion.factor import AttentionWeights
+from mlakit.conversion.observe import HeldOut
+from mlakit.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One held-out window through a layer's projections, float32.
+
+    Attributes:
+        query: ``[H, T, d/2]`` complex, not rotated.
+        key: ``[G, T, d/2]`` complex, not rotated.
+        value: ``[G, T, d]``.
+        output: ``[T, D]``, what the source's block puts out.
+        mask: ``[T, T]``; None for a causal one.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    mask: torch.Tensor | None
+
+
+class Trial:
+    """The held-out windows of one layer, ready for candidates.
+
+    Args:
+        weights: the source layer.
+        spec: the source layer.
+        factor: what its rotary embedding multiplies cos and sin with.
+        windows: inputs and outputs that no statistic has seen.
+    """
+
+    def __init__(
+        self,
+        weights: AttentionWeights,
+        spec: AttentionSpec,
+        factor: float,
+        windows: Sequence[HeldOut],
+    ) -> None:
+        self.spec, self.factor = spec, factor
+        self.output = weights.o.float()
+        parts = [part.float() for part in (weights.q, weights.k, weights.v)]
+        self.windows = [_heads(weights, parts, window) for window in windows]
+        mean = torch.stack([window.output.mean(0) for window in self.windows]).mean(0)
+        squares = [(window.output - mean).double().square().sum() for window in self.windows]
+        self.variance = max(float(torch.stack(squares).sum()), 1e-30)
+
+    @torch.no_grad()
+    def error(self, rope: Rope, importance: torch.Tensor | None = None) -> float:
+        """Squared error of the block's output.
+
+        Args:
+            rope: the candidate.
+            importance: ``[D, D]`` float64, a metric of the output.
+
+        Returns:
+            Its mean over tokens in this metric; without one over the variance of the source's.
+        """
+        wrong, tokens = 0.0, 0
+        for window in self.windows:
+            heads = self._attend(window, rope).transpose(0, 1).flatten(1)
+            out = heads @ self.output[:, :-1].mT + self.output[:, -1]
+            change = out - window.output
+            felt = change if importance is None else change @ importance.float()
+            wrong += float((felt * change).sum(dtype=torch.float64))
+            tokens += len(change)
+        return wrong / (self.variance if importance is None else tokens)
+
+    def _attend(self, window: Heads, rope: Rope) -> torch.Tensor:
+        """What each head reads, ``[H, T, d]``."""
+        kept, query, key = rope.kept, window.query, window.key
+        groups, length, half = key.shape
+        repeats = len(query) // groups
+        rest = torch.einsum("jgk,ktj->gtj", kept.remainder(half).to(key), key)
+        mixed = torch.einsum("mg,gtm->tm", kept.mix.to(key), key[..., kept.source])
+        read = kept.spread.mT.conj().repeat_interleave(repeats, 0) * rope.gain  # [H, R/2]
+        asked = query[..., kept.source] * read.to(query)[:, None]
+        angles = torch.arange(length, device=key.device)[:, None] * kept.frequencies
+        turn = torch.polar(torch.full_like(angles, self.factor), angles).to(key)
+        query = _real(torch.cat([query * rope.dropped.to(query)[:, None], asked * turn], -1))
+        turning = (mixed * turn).expand(groups, -1, -1)
+        key = _real(torch.cat([rest, turning], -1)).repeat_interleave(repeats, 0)
+        value = window.value.repeat_interleave(repeats, 0)
+        return attend(query[None], key[None], value[None], window.mask, self.spec)[0]
+
+
+def _heads(weights: AttentionWeights, parts: Sequence[torch.Tensor], window: HeldOut) -> Heads:
+    ones = window.inputs.new_ones(len(window.inputs), 1)
+    hidden = torch.cat([window.inputs, ones], 1)
+    inputs = torch.cat([weights.inputs(window.inputs), ones], 1)
+    if weights.normed is None:
+        query = torch.einsum("tx,hdx->htd", hidden, parts[0])
+    else:
+        query = weights.normed.queries(window.inputs)
+    key, value = (torch.einsum("tx,hdx->htd", inputs, part) for part in parts[1:])
+    return Heads(_complex(query), _complex(key), value, window.outputs, window.mask)
+
+
+def _complex(rows: torch.Tensor) -> torch.Tensor:
+    return torch.complex(*rows.chunk(2, -1))
+
+
+def _real(rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([rows.real, rows.imag], -1)
