@@ -19,13 +19,14 @@ from mlakit.checkpoint import open_checkpoint
 from mlakit.conversion.apply import convert
 from mlakit.conversion.calibrate import (
     Moment,
-    choose_windows,
     layer_weights,
     partial_rope_layer,
 )
 from mlakit.conversion.plan import ConversionPlan
 from mlakit.conversion.rotate import rorope
 from mlakit.conversion.stream import LayerReader, run_layer
+from mlakit.conversion.windows import WindowChoice
+from mlakit.data import named_sources
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import read_model
 from mlakit.nn.hf import load
@@ -133,7 +134,10 @@ def partial_rope_logits(source: Path, plan: ConversionPlan, text: Path) -> torch
     """What the source computes when RoPE stays on the rotation's first components alone."""
     checkpoint = open_checkpoint(source)
     reader = LayerReader(checkpoint, read_model(checkpoint.config), torch.device("cpu"))
-    windows = choose_windows(text.read_text(), source, plan.calibration)
+    texts = WindowChoice(
+        checkpoint, reader.spec, plan.calibration, named_sources(text), device="cpu"
+    )
+    windows = texts.choose(source, lambda *step: None).ids
     seen, hidden = list(reader.embed(windows, 8)), list(reader.embed(IDS, 2))
     for index, spec in enumerate(reader.spec.layers):
         layer, weights = reader.layer(index), layer_weights(reader, index)

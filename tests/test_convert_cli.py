@@ -33,7 +33,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny: Path) -> None:
 def test_convert_prints_what_was_measured_and_what_comes_next(tiny: Path) -> None:
     out = tiny.parent / "out"
     arguments = ["convert", str(tiny), "-o", str(out), "--cache-ratio", "0.5"]
-    arguments += ["--calibration", str(tiny.parent / "text.txt")]
+    arguments += ["--calib", str(tiny.parent / "text.txt")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     for part in ("50.0% of its own", "output error", "held-out", "mlakit eval"):
@@ -60,7 +60,7 @@ def test_a_config_that_makes_no_model_is_refused_before_anything_is_written(tiny
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps({**config, "hidden_act": "frobnicate"}))
     arguments = ["convert", str(tiny), "-o", str(tiny.parent / "out"), "--cache-ratio", "0.5"]
-    arguments += ["--calibration", str(tiny.parent / "text.txt")]
+    arguments += ["--calib", str(tiny.parent / "text.txt")]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, UnsupportedModelError)
     assert "frobnicate" in str(result.exception) and not (tiny.parent / "out").exists()
@@ -74,7 +74,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: Path) -> None:
     }
     (tiny / "tokenizer.json").write_text(json.dumps(config))
     arguments = ["convert", str(tiny), "-o", str(tiny.parent / "out"), "--cache-ratio", "0.5"]
-    arguments += ["--calibration", str(tiny.parent / "text.txt")]
+    arguments += ["--calib", str(tiny.parent / "text.txt")]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, MlakitError) and "embeddings" in str(result.exception)
     assert not (tiny.parent / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,16 @@ from hypothesis import strategies as st
 from mlakit.data import (
     NAMES,
     Probe,
+    Source,
     builtin_text,
     key_value_prompt,
+    named_sources,
     passkey_prompt,
-    read_text,
+    source_windows,
     token_windows,
 )
-from mlakit.errors import MlakitError
+from mlakit.data.texts import Content
+from mlakit.errors import MlakitError, UsageError
 
 
 def count_words(text: str) -> int:
@@ -134,46 +138,144 @@ def test_too_little_text_for_the_windows_is_an_error() -> None:
         token_windows("abcdefgh", CharacterTokenizer(1), 1)
 
 
-def test_read_text_reads_files_and_folders(tmp_path: Path) -> None:
+def read(place: Any) -> Any:
+    (source,) = named_sources(place)
+    return source.content
+
+
+def test_files_and_folders_are_read(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("zwei", encoding="utf-8")
     (tmp_path / "a.txt").write_text("eins ä", encoding="utf-8")
-    (tmp_path / "c.bin").write_bytes(b"\xff")
-    assert read_text(tmp_path / "a.txt") == "eins ä"
-    assert read_text(str(tmp_path)) == "eins ä\n\nzwei"
+    (tmp_path / "c.jsonl").write_text('{"text": "drei"}\n\n{"text": "vier"}\n', encoding="utf-8")
+    (tmp_path / "d.bin").write_bytes(b"\xff")
+    assert read(tmp_path / "a.txt").text == "eins ä"
+    assert read(str(tmp_path)).text == "eins ä\n\nzwei\n\ndrei\n\nvier"
 
 
-def test_read_text_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     with pytest.raises(MlakitError, match=r"not UTF-8.*byte 2"):
-        read_text(tmp_path / "bad.txt")
+        read(tmp_path / "bad.txt")
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(MlakitError, match=r"blank\.txt is empty"):
+        read(tmp_path / "blank.txt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MlakitError, match=r"no \*\.txt"):
-        read_text(tmp_path / "empty")
+    with pytest.raises(MlakitError, match=r"no \*\.txt or \*\.jsonl"):
+        read(tmp_path / "empty")
+    with pytest.raises(UsageError, match="to convert with only"):
+        read("self")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MlakitError, match="neither a file nor a folder") as caught:
-        read_text("no/such/file")
+        read("no/such/file")
     assert "datasets" in caught.value.remedy
 
 
-def test_read_text_reads_a_dataset_when_the_library_is_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Rows(dict[str, list[str]]):
-        column_names = property(lambda self: list(self))
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
-    def load_dataset(name: str, configuration: str | None, split: str) -> Rows:
+
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ("{oops", r"line 3 is not JSON"),
+        ('{"question": 1, "answer": 2}', r"line 3 has neither .* its keys are question, answer"),
+        ("[1]", r"line 3 has neither .* it is no object"),
+        ('{"text": 5}', r"line 3: neither a text nor a list of messages"),
+        ('{"messages": []}', r"line 3: neither a text nor a list of messages"),
+        ('{"messages": [{"role": "user"}]}', r"line 3: neither a text nor a list of messages"),
+        ('{"messages": [{"role": "user", "content": [1]}]}', r"line 3: neither a text"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "good"}}\n\n{line}\n{{"text": "more"}}\n')
+    with pytest.raises(MlakitError, match=message) as caught:
+        read(path)
+    assert caught.value.remedy
+
+
+def test_conversations_are_read_and_hashed(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": TALK, "extra": 1}) + '\n{"text": "and"}\n')
+    content = read(path)
+    assert content.conversations == (tuple(TALK),) and content.text == "and"
+    assert content.plain == "and\n\nhi\n\nho"
+    path.write_text(json.dumps({"messages": TALK}))
+    assert read(path).sha256 != content.sha256 and read(path).plain == "hi\n\nho"
+
+
+def test_sources_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tales.txt").write_text("a")
+    (tmp_path / "x=y.txt").write_text("b")
+    monkeypatch.chdir(tmp_path)
+    given = ["tales.txt", "x=y.txt", "code=tales.txt", "self", "builtin", "org/set:plain:test", "."]
+    found = named_sources(given)
+    names = ["tales", "x=y", "code", "self", "builtin", "set", tmp_path.name]
+    assert [source.name for source in found] == names
+    assert [source.own for source in found] == [name == "self" for name in names]
+    assert found[2].content.text == "a" and found[2].label == "tales.txt"
+    assert named_sources(found) == found
+    with pytest.raises(UsageError, match="two texts are called 'tales'"):
+        named_sources(["tales.txt", "tales=x=y.txt"])
+    with pytest.raises(UsageError, match="names no text"):
+        named_sources("name=")
+
+
+def test_a_dataset_is_read_when_the_library_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(name: str, configuration: str | None, **options: Any) -> list[dict[str, Any]]:
+        calls.append((name, configuration, options["split"]))
         if name == "gone":
             raise OSError("no network")
-        column = "text" if configuration == "plain" else "other"
-        return Rows({column: ["one", "two"]})
+        if configuration == "chat":
+            return [{"messages": TALK}]
+        return [{"text" if configuration == "plain" else "other": word} for word in ("one", "two")]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert read_text("some/set:plain") == "one\ntwo"
+    assert read("some/set:plain").text == "one\ntwo"
+    assert read("some/set:::other").text == "one\ntwo"
+    assert read("some/set:chat:test").conversations == (tuple(TALK),)
+    assert calls == [
+        ("some/set", "plain", "train"), ("some/set", None, "train"), ("some/set", "chat", "test"),
+    ]  # fmt: skip
     with pytest.raises(MlakitError, match="no column 'text', only other"):
-        read_text("some/set")
+        read("some/set")
+    with pytest.raises(MlakitError, match="no column 'wrong'"):
+        read("some/set:::wrong")
     with pytest.raises(MlakitError, match="no network"):
-        read_text("gone")
+        read("gone")
+    monkeypatch.setattr("mlakit.data.texts.LONGEST", 2)
+    assert read("some/set:plain").text == "one"  # enough read
+
+
+class ChatTokenizer(CharacterTokenizer):
+    """Turns as ``<role:content>``."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(self, talk: list[dict[str, str]], **options: Any) -> str:
+        if talk[0]["role"] != "user":
+            raise ValueError("the user speaks first")
+        return "".join(f"<{turn['role'][0]}:{turn['content']}>" for turn in talk)
+
+
+def test_windows_of_conversations_begin_where_one_does() -> None:
+    talks = tuple(({"role": "user", "content": word * 3},) for word in "abcdefg")
+    source = Source("chat", "chat.jsonl")
+    source.__dict__["content"] = Content("", talks)
+    windows = source_windows(source, ChatTokenizer(1), 8)
+    assert ["".join(map(chr, window)) for window in windows] == [
+        "<u:aaa><", "<u:ccc><", "<u:eee><",
+    ]  # fmt: skip
+    assert source_windows(source, ChatTokenizer(1), 8, 2) == windows[:2]
+    with pytest.raises(MlakitError, match=r"enough for 3 windows.*not for 9"):
+        source_windows(source, ChatTokenizer(1), 8, 9)
+    plain = source_windows(source, CharacterTokenizer(1), 8)
+    assert plain[0] == [1, *map(ord, "aaa\n\nbb")]
+    source.__dict__["content"] = Content("", ((TALK[1], TALK[0]),))
+    with pytest.raises(MlakitError, match=r"conversation 1 of chat\.jsonl: the user speaks first"):
+        source_windows(source, ChatTokenizer(1), 8)
 
 
 def test_builtin_texts_differ_and_hold_look_ups() -> None:

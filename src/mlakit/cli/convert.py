@@ -60,14 +60,21 @@ def convert(
     freqfold: Annotated[
         str, typer.Option(help="For transmla: frequencies folded together, a number or auto.")
     ] = "auto",
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="File, folder or dataset name; default: the package's own text."),
+    calib: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to calibrate with, PLACE or NAME=PLACE, repeatable: a text or JSONL file, a"
+            " folder, a dataset, self (what the model writes); default: the package's own."
+        ),
     ] = None,
-    calibration_tokens: Annotated[
-        int, typer.Option(min=2, help="How many tokens of it, at most.")
+    calib_tokens: Annotated[
+        int, typer.Option(min=2, help="How many tokens of it all, at most.")
     ] = 32768,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the windows of a longer text.")] = 0,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to measure the result on as well, as --calib; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses windows of a longer text.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
     ] = None,
@@ -85,6 +92,10 @@ def convert(
 
     if output is None and not dry_run:
         raise UsageError("No output folder was given", remedy="add -o OUT, or --dry-run")
+    if equal_cache and (calib or check):
+        raise UsageError(
+            "--equal-cache is exact: it needs no text", remedy="leave out --calib and --check"
+        )
     goal: dict[str, Any] = {
         "equal_cache": equal_cache,
         "form": form,
@@ -96,8 +107,9 @@ def convert(
         "without": without or (),
         "refine_steps": _number_or_auto("--refine-steps", refine_steps),
         "freqfold": _number_or_auto("--freqfold", freqfold),
-        "calibration": calibration,
-        "calibration_tokens": calibration_tokens,
+        "calibration": calib or None,
+        "calibration_tokens": calib_tokens,
+        "check": check or None,
         "seed": seed,
         "dtype": dtype,
         "device": device,
@@ -145,6 +157,8 @@ def _carry_out(model: str, output: Path, goal: dict[str, Any]) -> ConversionPlan
 
 def print_plan(plan: ConversionPlan, console: Console) -> None:
     """A plan in a few lines, with what it needs."""
+    from mlakit.conversion.card import domain_list
+
     source, target = plan.source_layer, plan.target
     _line(
         console,
@@ -165,12 +179,15 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
     )
     _line(console, "written", f"{plan.nbytes:,} bytes in {plan.shards} shards, {plan.dtype}")
     if plan.calibration is not None:
-        text = plan.calibration
+        texts = plan.calibration
         _line(
             console,
             "calibration",
-            f"{text.source}, up to {text.tokens:,} tokens in windows of {text.window}",
+            f"{domain_list(texts.domains)}; windows of {texts.window} tokens, up to"
+            f" {texts.tokens:,} tokens",
         )
+        if texts.checks:
+            _line(console, "checked on", domain_list(texts.checks))
     need = plan.estimate
     _line(
         console,

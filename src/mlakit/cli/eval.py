@@ -22,8 +22,11 @@ def eval(
         typer.Option("-o", "--output", help="Folder for report.html, report.json and pictures."),
     ] = None,
     text: Annotated[
-        str | None,
-        typer.Option(help="File, folder or dataset name; default: the package's own text."),
+        list[str] | None,
+        typer.Option(
+            help="PLACE or NAME=PLACE, repeatable: a text or JSONL file, a folder, a dataset;"
+            " default: the package's own text."
+        ),
     ] = None,
     prefix_length: Annotated[
         int | None, typer.Option(help="Tokens cached first; default: 3/4 of the context.")
@@ -31,7 +34,7 @@ def eval(
     suffix_length: Annotated[
         int | None, typer.Option(help="Tokens scored after them; default: 1/4 of the context.")
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of the text to score.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text to score.")] = 8,
     recall: Annotated[bool, typer.Option(help="Ask passkey and key-value questions.")] = True,
     speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decode.")] = False,
     prompt: Annotated[
@@ -67,7 +70,7 @@ def eval(
         report = evaluate(
             model,
             result,
-            text=text,
+            text=text or None,
             prefix_length=prefix_length,
             suffix_length=suffix_length,
             windows=windows,

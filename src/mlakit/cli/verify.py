@@ -14,10 +14,13 @@ def verify(
         float | None, typer.Option(help="Largest mean KL allowed, nats per token; else exit 4.")
     ] = None,
     text: Annotated[
-        str | None,
-        typer.Option(help="File, folder or dataset name; default: the package's own text."),
+        list[str] | None,
+        typer.Option(
+            help="PLACE or NAME=PLACE, repeatable: a text or JSONL file, a folder, a dataset;"
+            " default: the package's own text."
+        ),
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of the text to read.")] = 2,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text to read.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
@@ -34,7 +37,13 @@ def verify(
     from mlakit.reporting.table import print_verification
 
     found = check(
-        source, result, max_kl=max_kl, text=text, windows=windows, device=device, dtype=dtype
+        source,
+        result,
+        max_kl=max_kl,
+        text=text or None,
+        windows=windows,
+        device=device,
+        dtype=dtype,
     )
     if as_json:
         typer.echo(found.model_dump_json(indent=2))

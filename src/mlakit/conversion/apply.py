@@ -18,9 +18,9 @@ from mlakit.conversion.budget import EqualCacheForm, Goal
 from mlakit.conversion.plan import (
     ConversionPlan,
     Progress,
-    calibration_text,
     make_plan,
 )
+from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.errors import MlakitError, UsageError
 
 
@@ -38,8 +38,9 @@ def convert(
     without: Sequence[str] = (),
     refine_steps: int | Literal["auto"] = "auto",
     engine: str = "mlakit",
-    calibration: str | Path | None = None,
+    calibration: SourceLike | Sequence[SourceLike] | None = None,
     calibration_tokens: int = 32768,
+    check: SourceLike | Sequence[SourceLike] | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
@@ -69,9 +70,13 @@ def convert(
             ``auto`` for 100, and none where the method is ``transmla``.
         engine: what the result shall run in (``engines.targets.TARGETS``; ``--for`` on the command
             line): sizes are picked among those it takes.
-        calibration: text file, folder of texts or dataset name; the package's own text if None.
-        calibration_tokens: how many tokens of it are used, at most.
-        seed: chooses the windows of a longer text.
+        calibration: texts to calibrate with, one or several, each ``place`` or ``name=place``: a
+            file of text or JSONL, a folder, ``self`` for what the model writes itself, a dataset
+            ``name[:configuration[:split[:column]]]``; the package's own text if None.
+            An exact conversion reads none.
+        calibration_tokens: how many tokens of them are used, at most; each has its share.
+        check: texts that are not calibrated with: the result is measured on them too.
+        seed: chooses the windows of a longer text, and what the model writes.
         dtype: of the result; the source's if None.
         device: where layers run, ``cpu`` or ``cuda``.
         dry_run: only plan.
@@ -97,11 +102,14 @@ def convert(
         engine,
     )
     checkpoint = open_checkpoint(model)
+    texts = None if calibration is None else named_sources(calibration)
+    checks = None if check is None else named_sources(check)
     plan = make_plan(
         checkpoint,
         goal,
-        calibration=calibration,
+        calibration=texts,
         calibration_tokens=calibration_tokens,
+        check=checks,
         seed=seed,
         dtype=dtype,
         device=device,
@@ -122,7 +130,7 @@ def convert(
     run = Run(
         checkpoint,
         plan,
-        text=None if plan.calibration is None else calibration_text(calibration),
+        sources=(*(texts or named_sources(BUILTIN)), *(checks or ())),
         device=device,
         progress=progress or (lambda stage, done, total: None),
     )

@@ -7,9 +7,7 @@ and values are linear in them; activations are looked at once and forgotten.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,51 +16,18 @@ from torch.nn import functional
 
 from mlakit.conversion.adapt import source_weights
 from mlakit.conversion.factor import AttentionWeights, compress_query
-from mlakit.conversion.forecast import BATCH_TOKENS, HELD_OUT
+from mlakit.conversion.forecast import BATCH_TOKENS
 from mlakit.conversion.head import VOCABULARY_SLICE
-from mlakit.conversion.plan import Calibration
 from mlakit.conversion.rotate import Rotation
 from mlakit.conversion.stream import LayerReader, run_layer
-from mlakit.data import token_windows
+from mlakit.conversion.windows import held_out_count
 from mlakit.errors import MlakitError
 from mlakit.spec import AttentionSpec
 
 
-def choose_windows(text: str, model_path: Path, plan: Calibration) -> torch.Tensor:
-    """Token windows ``[windows, T]`` of the calibration text.
-
-    A text longer than needed gives windows from all over it, chosen by the plan's seed; a shorter
-    one gives all it has.
-
-    Raises:
-        MlakitError: the text has fewer than two windows, or the tokenizer cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise MlakitError(
-            f"The source's tokenizer cannot be loaded from {model_path}: {error}",
-            remedy="put the tokenizer files beside config.json; calibration needs them",
-        ) from error
-    windows = token_windows(text, tokenizer, plan.window)
-    wanted = plan.tokens // plan.window
-    if len(windows) < 2:
-        raise MlakitError(
-            f"The calibration text gives {len(windows)} window of {plan.window} tokens;"
-            " two are the least",
-            remedy="give a longer text, or a smaller --calibration-tokens",
-        )
-    if len(windows) > wanted:
-        chosen = random.Random(plan.seed).sample(range(len(windows)), wanted)
-        windows = [windows[index] for index in sorted(chosen)]
-    return torch.tensor(windows)
-
-
 def split_held_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The windows statistics are taken from, and the last eighth, at least one, held out."""
-    held_out = max(1, len(windows) // HELD_OUT)
+    held_out = held_out_count(len(windows))
     return windows[:-held_out], windows[-held_out:]
 
 

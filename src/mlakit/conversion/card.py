@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mlakit import __version__
 from mlakit.conversion.forecast import STEP_TOKENS
-from mlakit.conversion.plan import FORMAT_VERSION, ConversionPlan
+from mlakit.conversion.plan import FORMAT_VERSION, ConversionPlan, Domain
 from mlakit.families import FAMILIES, rope_parameters
 from mlakit.spec import ModelSpec
 
@@ -123,11 +124,19 @@ def _calibration_lines(plan: ConversionPlan) -> list[str]:
     sentences = [f"{name}: {value}" for name, value in findings(plan)]
     return [
         f"Calibrated on {plan.measured['calibration_windows']} windows of"
-        f" {plan.calibration.window} tokens of `{plan.calibration.source}`. In short:",
+        f" {plan.calibration.window} tokens of {domain_list(plan.calibration.domains)}. In short:",
         "",
         *(f"- {sentence}" for sentence in sentences),
         "",
     ]
+
+
+def domain_list(domains: Sequence[Domain]) -> str:
+    """The names of texts, each with where it comes from if that says more."""
+    return ", ".join(
+        domain.name if domain.source in (domain.name, "") else f"{domain.name} ({domain.source})"
+        for domain in domains
+    )
 
 
 def findings(plan: ConversionPlan) -> list[tuple[str, str]]:

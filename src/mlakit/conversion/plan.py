@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +14,8 @@ from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.conversion.budget import Goal, engine_choice, target_layer
-from mlakit.conversion.forecast import WINDOW, Estimate, forecast_cost, forecast_warnings
-from mlakit.data import builtin_text, read_text
+from mlakit.conversion.forecast import HELD_OUT, WINDOW, Estimate, forecast_cost, forecast_warnings
+from mlakit.data import BUILTIN, Source, SourceLike, named_sources
 from mlakit.engines.targets import TARGETS, adaptations, require_expressible
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import FAMILIES, convertible
@@ -32,19 +32,37 @@ DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The text whose activations are looked at.
+class Domain:
+    """One of the texts: a kind of text, a language, what the model itself writes.
 
     Attributes:
-        source: ``builtin``, or the path or dataset name given.
-        sha256: of the text.
+        name: for tables.
+        source: the file, folder or dataset, ``builtin`` or ``self``.
+        sha256: of the text; None for what the model writes itself, which follows from the source
+            checkpoint and the seed.
         tokens: how many are used, at most.
-        window: tokens per window.
-        seed: chooses the windows of a longer text.
     """
 
+    name: str
     source: str
-    sha256: str
+    sha256: str | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The texts whose activations are looked at.
+
+    Attributes:
+        domains: each has its share of the windows, held-out ones included.
+        checks: texts that are only measured on, when all is done.
+        tokens: of all domains, at most.
+        window: tokens per window.
+        seed: chooses the windows of a longer text, and what the model writes itself.
+    """
+
+    domains: tuple[Domain, ...]
+    checks: tuple[Domain, ...]
     tokens: int
     window: int
     seed: int
@@ -135,7 +153,8 @@ class ConversionPlan:
         """SHA-256 of everything that the result depends on."""
         calibration = None if self.calibration is None else asdict(self.calibration)
         if calibration is not None:
-            del calibration["source"]
+            for domain in (*calibration["domains"], *calibration["checks"]):
+                del domain["name"], domain["source"]
         content = [
             FORMAT_VERSION,
             __version__,
@@ -167,13 +186,14 @@ def make_plan(
     checkpoint: Checkpoint,
     goal: Goal,
     *,
-    calibration: str | Path | None = None,
+    calibration: SourceLike | Sequence[SourceLike] | None = None,
     calibration_tokens: int = 32768,
+    check: SourceLike | Sequence[SourceLike] | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
 ) -> ConversionPlan:
-    """Plans a conversion from headers and the calibration text; reads no weights.
+    """Plans a conversion from headers and the calibration texts; reads no weights.
 
     Raises:
         UnsupportedModelError: the checkpoint cannot be converted; says why.
@@ -191,9 +211,12 @@ def make_plan(
         )
     require_expressible(goal.engine, model, goal.method)
     layers = tuple(target_layer(layer, goal) for layer in model.layers)
-    text = None
+    texts = None
     if not goal.equal_cache:
-        text = _calibration(model, calibration, calibration_tokens, seed)
+        sources = named_sources(BUILTIN if calibration is None else calibration)
+        checks = named_sources(check or ())
+        named_sources([*sources, *checks])  # no name twice
+        texts = _calibration(model, sources, checks, calibration_tokens, seed)
     tensors = _tensors(checkpoint, model, layers, goal, dtype)
     source = model.layers[0]
     itemsize = _itemsize(checkpoint, model, None)
@@ -202,7 +225,7 @@ def make_plan(
         fingerprint=checkpoint.fingerprint,
         model_type=model.model_type,
         goal=goal,
-        calibration=text,
+        calibration=texts,
         dtype=dtype or _attention_dtype(checkpoint, model),
         source_layer=source,
         layers=layers,
@@ -234,11 +257,6 @@ def _engine_warnings(plan: ConversionPlan, model: ModelSpec) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
-def calibration_text(calibration: str | Path | None) -> str:
-    """The text to calibrate with: what was given, or the package's own."""
-    return builtin_text("calibration") if calibration is None else read_text(calibration)
-
-
 def _name(source: str | Path) -> str:
     """A hub id or dataset name as it is; of a path only the last part."""
     path = Path(source)
@@ -246,23 +264,36 @@ def _name(source: str | Path) -> str:
 
 
 def _calibration(
-    model: ModelSpec, source: str | Path | None, tokens: int, seed: int
+    model: ModelSpec,
+    sources: Sequence[Source],
+    checks: Sequence[Source],
+    tokens: int,
+    seed: int,
 ) -> Calibration:
-    window = min(WINDOW, model.max_position_embeddings, tokens // 2)
+    window = min(WINDOW, model.max_position_embeddings, tokens // (2 * len(sources)))
     if window < 2:
         raise UsageError(
-            f"--calibration-tokens {tokens} is too few", remedy="give thousands; default 32768"
+            f"--calib-tokens {tokens} is too few", remedy="give thousands; default 32768"
         )
-    text = calibration_text(source)
-    if not text.strip():
-        raise MlakitError(f"The calibration text {source} is empty")
+    windows = tokens // window
+    shares = [
+        windows // len(sources) + (place < windows % len(sources)) for place in range(len(sources))
+    ]
+    held_out = max(1, windows // HELD_OUT)
     return Calibration(
-        source="builtin" if source is None else _name(source),
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        domains=tuple(
+            _domain(source, share * window) for source, share in zip(sources, shares, strict=True)
+        ),
+        checks=tuple(_domain(source, held_out * window) for source in checks),
         tokens=tokens,
         window=window,
         seed=seed,
     )
+
+
+def _domain(source: Source, tokens: int) -> Domain:
+    sha256 = None if source.own else source.content.sha256
+    return Domain(source.name, source.label, sha256, tokens)
 
 
 def _attention_dtype(checkpoint: Checkpoint, model: ModelSpec) -> str:

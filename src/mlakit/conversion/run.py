@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mlakit.checkpoint import (
     write_text_atomic,
 )
 from mlakit.conversion.adapt import stored_tensors
-from mlakit.conversion.calibrate import choose_windows, layer_weights
+from mlakit.conversion.calibrate import layer_weights
 from mlakit.conversion.card import converted_config, model_card
 from mlakit.conversion.factor import (
     Tensors,
@@ -36,6 +36,8 @@ from mlakit.conversion.refine import Refiner
 from mlakit.conversion.stream import LayerReader
 from mlakit.conversion.survey import Survey
 from mlakit.conversion.transmla import LayerResult, TransMLA
+from mlakit.conversion.windows import WindowChoice
+from mlakit.data import Source
 from mlakit.errors import MlakitError, UsageError
 from mlakit.families import FAMILIES, read_model
 
@@ -50,7 +52,7 @@ class Run:
     Args:
         checkpoint: the source.
         plan: what to do.
-        text: calibration text; None where the plan needs none.
+        sources: the texts of the plan; none where it needs none.
         device: where layers run.
         progress: told about every step.
 
@@ -63,7 +65,7 @@ class Run:
         checkpoint: Checkpoint,
         plan: ConversionPlan,
         *,
-        text: str | None,
+        sources: Sequence[Source],
         device: str,
         progress: Progress,
     ) -> None:
@@ -73,12 +75,12 @@ class Run:
         self.model = read_model(checkpoint.config)
         self.family = FAMILIES[self.model.family]
         self.reader = LayerReader(checkpoint, self.model, _device(device))
-        self.windows = None
-        if text is not None and plan.calibration is not None:
+        self.texts: WindowChoice | None = None
+        self.windows: torch.Tensor | None = None
+        if plan.calibration is not None:
             self.reader.check()
-            self.windows = choose_windows(text, checkpoint.path, plan.calibration)
-            self._check_tokens(int(self.windows.max()))
-            self._warn_of_little_text(self.windows.numel())
+            self.texts = WindowChoice(checkpoint, self.model, plan.calibration, sources, device)
+            self._warn_of_little_text(self.texts.count * plan.calibration.window)
 
     def write(self, shards: ShardWriter) -> ConversionPlan:
         """Writes what is not there yet into the folder that ``shards`` holds.
@@ -90,16 +92,10 @@ class Run:
         self.work = shards.folder / WORK_NAME
         self.plan.write(shards.folder, "running")
         self.work.mkdir(exist_ok=True)
+        if self.texts is not None:
+            self.chosen = self.texts.choose(self.work, self.progress)
+            self.windows = self.chosen.ids
         return self._finish(self._convert())
-
-    def _check_tokens(self, highest: int) -> None:
-        known = self.checkpoint.shape(self.family.embedding)[0]
-        if highest >= known:
-            raise MlakitError(
-                f"The tokenizer of {self.checkpoint.source} gives token {highest}, and the model"
-                f" has only {known} embeddings",
-                remedy="check that the tokenizer files belong to these weights",
-            )
 
     def _warn_of_little_text(self, tokens: int) -> None:
         width = self.plan.source_layer.cache_width

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -11,11 +10,13 @@ from mlakit.evaluation.environment import describe_environment
 from mlakit.evaluation.memory import measure_memory, summarise_models, whole_pages
 from mlakit.evaluation.quality import (
     Progress,
+    TextLike,
     Windows,
     cut_windows,
-    open_text,
+    open_texts,
     score_windows,
     summarise,
+    summarise_domains,
 )
 from mlakit.evaluation.recall import measure_recall
 from mlakit.evaluation.speed import measure_speed
@@ -34,7 +35,7 @@ def evaluate(
     source: ModelLike,
     result: ModelLike | None = None,
     *,
-    text: str | Path | None = None,
+    text: TextLike = None,
     prefix_length: int | None = None,
     suffix_length: int | None = None,
     windows: int = 8,
@@ -56,11 +57,12 @@ def evaluate(
     Args:
         source: folder, hub id or (name, model, tokenizer).
         result: the model to compare with it, e.g. its conversion.
-        text: file, folder or dataset name to score; the package's own evaluation text by default.
+        text: what to score, one text or several, each ``place`` or ``name=place`` (a file of text
+            or JSONL, a folder, a dataset); the package's own evaluation text by default.
         prefix_length: tokens cached before scoring; three quarters of the context by default, at
             most 2048.
         suffix_length: tokens scored through the cache; a quarter of the context, at most 256.
-        windows: how many windows of the text are scored.
+        windows: how many windows of each text are scored.
         recall: also ask passkey and key-value questions.
         speed: also time prefill and decoding.
         prompts: prompts to continue side by side; the first words of three windows by default.
@@ -79,7 +81,7 @@ def evaluate(
         UsageError: lengths beyond the context, or two models with different vocabularies.
         MlakitError: a text too short for the windows, or logits that are not finite.
     """
-    open_text(text)  # a text that cannot be read is refused before any weight is
+    open_texts(text)  # a text that cannot be read is refused before any weight is
     ours, theirs = open_pair(source, result, dtype=dtype, device=device, cache_format=cache_format)
     cut = cut_windows(
         ours,
@@ -96,6 +98,7 @@ def evaluate(
         source=source_summary,
         result=result_summary,
         quality=summarise(scores, cut, seed=seed),
+        domains=summarise_domains(scores, cut, seed=seed),
         memory=memory,
         recall=measure_recall(ours, theirs, seed=seed, progress=progress) if recall else None,
         speed=measure_speed(ours, theirs, seed=seed, progress=progress) if speed else None,

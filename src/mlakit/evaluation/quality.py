@@ -11,17 +11,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
-from mlakit.data import builtin_text, read_text, token_windows
+from mlakit.data import EVALUATION, Source, SourceLike, named_sources, source_windows
 from mlakit.errors import MlakitError, UsageError
 from mlakit.evaluation.subject import Subject, require_same_tokens
 from mlakit.nn.hf import new_cache
-from mlakit.reporting.schema import Agreement, Estimate, Likelihood, Quality, Text
+from mlakit.reporting.schema import Agreement, DomainQuality, Estimate, Likelihood, Quality, Text
 
 LONGEST_WINDOW = 2304
 LONGEST_SUFFIX = 256
@@ -30,18 +29,25 @@ BINS = 16
 ROWS_AT_ONCE = 32
 """Positions turned into float64 probabilities together; bounds memory for large vocabularies."""
 
+TextLike = SourceLike | Sequence[SourceLike] | None
+"""One text or several, as ``mlakit.data.named_sources`` takes them; None for the package's own."""
+
 Progress = Callable[[str, int, int], None]
 """Told (what, done, total) as work goes on."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows to score: [W, P + S + 1] ids; the last of each is only ever a target."""
+    """Token windows to score: [W, P + S + 1] ids; the last of each is only ever a target.
+
+    ``domains`` names each window's text, W of them.
+    """
 
     ids: torch.Tensor
     prefix_length: int
     suffix_length: int
     text: Text
+    domains: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,21 @@ class TokenScores:
     same_top1: np.ndarray | None = None
 
 
-def open_text(text: str | Path | None) -> tuple[str, Text]:
-    """The text of a file, folder or dataset name, or the package's own evaluation text."""
-    content = builtin_text("evaluation") if text is None else read_text(text)
-    name = "mlakit's own evaluation text" if text is None else str(text)
-    return content, Text(name=name, sha256=hashlib.sha256(content.encode()).hexdigest())
+def open_texts(text: TextLike) -> tuple[Source, ...]:
+    """The texts to score, read; the package's own evaluation text where none is given."""
+    sources = named_sources(EVALUATION if text is None else text)
+    for source in sources:
+        source.content  # noqa: B018  # read now: what cannot be read is refused before any weight
+    return sources
+
+
+def describe_texts(sources: Sequence[Source]) -> Text:
+    """One name and one hash for all of them."""
+    hashes = [source.content.sha256 for source in sources]
+    whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    own = [source.place for source in sources] == [EVALUATION]
+    name = "mlakit's own evaluation text" if own else ", ".join(s.place for s in sources)
+    return Text(name=name, sha256=whole)
 
 
 def window_lengths(context: int, prefix: int | None, suffix: int | None) -> tuple[int, int]:
@@ -86,12 +102,12 @@ def cut_windows(
     source: Subject,
     result: Subject | None,
     *,
-    text: str | Path | None = None,
+    text: TextLike = None,
     prefix_length: int | None = None,
     suffix_length: int | None = None,
     count: int = 8,
 ) -> Windows:
-    """Cuts a text into windows that both models can read.
+    """Cuts texts into windows that both models can read, ``count`` from each.
 
     Raises:
         UsageError: lengths beyond a model's context, or two models with different tokens.
@@ -99,14 +115,17 @@ def cut_windows(
     """
     if count < 1:
         raise UsageError(f"at least one window is needed, not {count}")
-    content, described = open_text(text)
+    texts = open_texts(text)
     context = source.context
     if result is not None:
-        require_same_tokens(source, result, content)
+        for item in texts:
+            require_same_tokens(source, result, item.content.plain)
         context = min(context, result.context)
     prefix, suffix = window_lengths(context, prefix_length, suffix_length)
-    ids = token_windows(content, source.tokenizer, prefix + suffix + 1, count)
-    return Windows(torch.tensor(ids, dtype=torch.long), prefix, suffix, described)
+    length = prefix + suffix + 1
+    ids = [window for t in texts for window in source_windows(t, source.tokenizer, length, count)]
+    names = tuple(t.name for t in texts for _ in range(count))
+    return Windows(torch.tensor(ids), prefix, suffix, describe_texts(texts), names)
 
 
 @torch.inference_mode()
@@ -247,6 +266,25 @@ def summarise(scores: TokenScores, windows: Windows, *, seed: int) -> Quality:
         result=result,
         agreement=agreement,
     )
+
+
+def summarise_domains(scores: TokenScores, windows: Windows, *, seed: int) -> list[DomainQuality]:
+    """The same for each text alone; nothing where there is only one."""
+    found = []
+    names = list(dict.fromkeys(windows.domains))
+    for name in names if len(names) > 1 else ():
+        rows = [row for row, domain in enumerate(windows.domains) if domain == name]
+        nll, theirs, kl, top1 = (
+            None if part is None else bootstrap(part[rows].mean(axis=1), seed=seed)
+            for part in (scores.source_nll, scores.result_nll, scores.kl, scores.same_top1)
+        )
+        assert nll is not None
+        found.append(
+            DomainQuality(
+                name=name, windows=len(rows), source_nll=nll, result_nll=theirs, kl=kl, top1=top1
+            )
+        )
+    return found
 
 
 def _likelihood(nll: np.ndarray, edges: list[int], seed: int) -> Likelihood:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,10 +9,11 @@ import torch
 from mlakit.errors import UsageError
 from mlakit.evaluation.memory import measure_cache, whole_pages
 from mlakit.evaluation.quality import (
+    TextLike,
     continuation_logits,
     cut_windows,
     kl_divergence,
-    open_text,
+    open_texts,
 )
 from mlakit.evaluation.subject import ModelLike, Subject, open_pair
 from mlakit.nn.hf import attention_specs
@@ -39,7 +39,7 @@ def verify(
     result: ModelLike,
     *,
     max_kl: float | None = None,
-    text: str | Path | None = None,
+    text: TextLike = None,
     windows: int = 2,
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
@@ -63,7 +63,7 @@ def check(
     result: ModelLike,
     *,
     max_kl: float | None = None,
-    text: str | Path | None = None,
+    text: TextLike = None,
     windows: int = 2,
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
@@ -78,14 +78,14 @@ def check(
         source: folder, hub id or (name, model, tokenizer).
         result: the model to check against it.
         max_kl: largest mean KL(source || result) allowed, nats per token.
-        text: file, folder or dataset name; the package's own evaluation text by default.
-        windows: how many windows of the text are read.
+        text: one text or several, as `evaluate` takes them; the package's own by default.
+        windows: how many windows of each text are read.
         dtype: dtype to load folders in; the checkpoints' own by default.
         device: device to load folders on.
     """
     if max_kl is not None and max_kl < 0:
         raise UsageError(f"a KL divergence is never below 0: max_kl={max_kl} cannot be met")
-    open_text(text)  # a text that cannot be read is refused before any weight is
+    open_texts(text)  # a text that cannot be read is refused before any weight is
     ours, theirs = open_pair(source, result, dtype=dtype, device=device)
     if theirs is None:
         raise UsageError("verify needs a source and a result")
@@ -110,9 +110,20 @@ def check(
         result_bytes=measure_cache(theirs, length).measured_bytes / length,
         tolerance=tolerance,
         tokens=len(kl),
+        domains=_by_domain(cut.domains, [float(window.kl.mean()) for window in compared]),
         promises=promises,
         failures=failures,
     )
+
+
+def _by_domain(names: tuple[str, ...], kl: list[float]) -> dict[str, float]:
+    """Mean KL of each text where there are several; their windows are equally long."""
+    found: dict[str, list[float]] = {}
+    for name, value in zip(names, kl, strict=True):
+        found.setdefault(name, []).append(value)
+    if len(found) == 1:
+        return {}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 class _Compared(NamedTuple):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from mlakit.reporting.files import write_file
 from mlakit.reporting.plots import as_svg, draw
 from mlakit.reporting.schema import Report
-from mlakit.reporting.summary import estimate, headline, number, percent, rows
+from mlakit.reporting.summary import estimate, headline, notes, number, percent, rows
 
 TITLES = {
     "cache": "Cache",
@@ -59,6 +59,7 @@ def render_html(report: Report, figures: dict[str, Figure] | None = None) -> str
         report=report,
         headline=headline(report),
         rows=rows(report),
+        notes=notes(report),
         pictures=pictures,
         number=number,
         percent=percent,

@@ -124,6 +124,24 @@ class Quality(Record):
     agreement: Agreement | None = None
 
 
+class DomainQuality(Record):
+    """The continuation scores of one text among several.
+
+    Attributes:
+        name: of the text.
+        source_nll: nats per token; likewise ``result_nll``.
+        kl: mean KL(source || result), nats per token.
+        top1: share of tokens where both models' most likely token is the same.
+    """
+
+    name: str
+    windows: int
+    source_nll: Estimate
+    result_nll: Estimate | None = None
+    kl: Estimate | None = None
+    top1: Estimate | None = None
+
+
 RecallKind = Literal["passkey", "key_value"]
 
 
@@ -253,12 +271,16 @@ class Environment(Record):
 
 
 class Report(Record):
-    """All that was measured on a source and, where there is one, on its result."""
+    """All that was measured on a source and, where there is one, on its result.
+
+    ``domains`` holds the quality on each text where there were several.
+    """
 
     schema_version: Literal[1] = 1
     source: ModelSummary
     result: ModelSummary | None = None
     quality: Quality
+    domains: list[DomainQuality] = Field(default_factory=list)
     memory: Memory
     recall: Recall | None = None
     speed: Speed | None = None
@@ -296,6 +318,7 @@ class Verification(Record):
         result_bytes: cache bytes per token of the result.
         tolerance: rms difference that rounding explains in the coarser dtype of the two.
         tokens: continuation tokens compared.
+        domains: mean KL of each text where there were several.
         promises: what was checked, in words.
         failures: which of them were not kept, and by how much; empty when all is well.
     """
@@ -312,6 +335,7 @@ class Verification(Record):
     result_bytes: float
     tolerance: float
     tokens: int
+    domains: dict[str, float] = Field(default_factory=dict)
     promises: list[str]
     failures: list[str]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from mlakit.reporting.domains import disagreement
 from mlakit.reporting.schema import Estimate, Recall, Report, Verification
 from mlakit.reporting.style import number, percent
 
@@ -51,6 +53,7 @@ def rows(report: Report) -> list[Row]:
     return [
         *_cache_rows(report),
         *_quality_rows(report),
+        *_domain_rows(report),
         *_recall_rows(report.recall),
         *_speed_rows(report),
     ]
@@ -88,6 +91,25 @@ def _quality_rows(report: Report) -> list[Row]:
         Row("KL, largest", "", number(agreement.kl_max), nats),
         Row("top-1 agreement, %", "", estimate(agreement.top1.mapped(lambda x: 100 * x))),
     ]
+
+
+def _domain_rows(report: Report) -> list[Row]:
+    """One line per text where there were several: perplexities, and what the result lost."""
+    listed = []
+    for domain in report.domains:
+        pair = [domain.source_nll, *([domain.result_nll] if domain.result_nll else [])]
+        values = (number(math.exp(nll.value)) for nll in pair)
+        listed.append(Row.of(f"perplexity on {domain.name}", values, f"{domain.windows} windows"))
+        if domain.kl is not None and domain.top1 is not None:
+            note = f"nats per token; top-1 {percent(100 * domain.top1.value)}"
+            listed.append(Row(f"KL on {domain.name}", "", estimate(domain.kl), note))
+    return listed
+
+
+def notes(report: Report) -> list[str]:
+    """What the numbers warn of, one sentence each."""
+    kl = {domain.name: domain.kl.value for domain in report.domains if domain.kl is not None}
+    return list(filter(None, [disagreement(kl)]))
 
 
 def _recall_rows(recall: Recall | None) -> list[Row]:
@@ -146,6 +168,7 @@ def verification_rows(found: Verification) -> list[Row]:
         Row("KL, mean", number(found.kl_mean), note="nats per token"),
         Row("KL, largest", number(found.kl_max), note="nats per token"),
         Row("top-1 agreement", percent(100 * found.top1), note=f"{found.tokens:,} tokens"),
+        *(Row(f"KL on {name}", number(kl)) for name, kl in found.domains.items()),
     ]
 
 

@@ -7,10 +7,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlakit.reporting.domains import disagreement
 from mlakit.reporting.schema import Report, Verification
 from mlakit.reporting.summary import (
     Row,
     headline,
+    notes,
     rows,
     verification_headline,
     verification_rows,
@@ -28,6 +30,7 @@ def print_report(report: Report, console: Console) -> None:
         f"scored through the cache of {quality.prefix_length:,} tokens before them; "
         "brackets are 95 % intervals"
     )
+    scored = "\n".join([scored, *(f"note: {note}" for note in notes(report))])
     heads = ["", report.source.name, *([report.result.name] if report.result else []), ""]
     print_rows(headline(report), heads, rows(report), scored, console)
 
@@ -35,7 +38,9 @@ def print_report(report: Report, console: Console) -> None:
 def print_verification(found: Verification, console: Console) -> None:
     """Prints the verdict and every number behind it."""
     lines = [f"broken: {failure}" for failure in found.failures]
-    caption = "\n".join(lines or [f"kept: {promise}" for promise in found.promises])
+    lines = lines or [f"kept: {promise}" for promise in found.promises]
+    warning = disagreement(found.domains)
+    caption = "\n".join([*lines, *([f"note: {warning}"] if warning else [])])
     heads = ["", f"{found.source} → {found.result}", ""]
     print_rows(verification_headline(found), heads, verification_rows(found), caption, console)
 

@@ -1,18 +1,15 @@
-"""Texts, calibration windows and recall probes.
+"""Recall probes: a long text, a question about one line of it and the right answer.
 
-Everything here is plain Python: text in, text or lists of token ids out. The probes are the same
-lines that the shipped demo model was trained on, so training, evaluation and tests agree on them.
+The lines are those that the shipped demo model was trained on, so training, evaluation and tests
+agree on them.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mlakit.errors import MlakitError
 
@@ -202,119 +199,3 @@ def _interleave(facts: list[str], filler: list[str]) -> list[str]:
     placed = [((index + 0.5) / len(facts), fact) for index, fact in enumerate(facts)]
     placed += [((index + 0.5) / len(filler), line) for index, line in enumerate(filler)]
     return [line for _, line in sorted(placed, key=lambda item: item[0])]
-
-
-def read_text(source: str | Path) -> str:
-    """Reads a text file, all ``*.txt`` files of a folder, or a dataset by its name.
-
-    Args:
-        source: A path, or the name of a dataset with a ``text`` column (its ``train`` split is
-            read), optionally with a configuration: ``"name:configuration"``.
-
-    Returns:
-        The text; files and dataset rows are joined by blank lines and newlines.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _read_file(path)
-    if path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        if not files:
-            raise MlakitError(f"the folder {path} holds no *.txt file")
-        return "\n\n".join(_read_file(file) for file in files)
-    if importlib.util.find_spec("datasets") is None:
-        raise MlakitError(
-            f"{source} is neither a file nor a folder",
-            remedy="check the path, or install the package 'datasets' to read a dataset by name",
-        )
-    return _read_dataset(str(source))
-
-
-def _read_file(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise MlakitError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}",
-            remedy="give a plain text file in UTF-8",
-        ) from error
-    except OSError as error:
-        raise MlakitError(f"cannot read {path}: {error.strerror}") from error
-    if "\0" in text:
-        raise MlakitError(
-            f"{path} is not text: it holds NUL bytes", remedy="give a plain text file in UTF-8"
-        )
-    return text
-
-
-def _read_dataset(source: str) -> str:
-    import datasets
-
-    name, _, configuration = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, configuration or None, split="train")
-    except Exception as error:  # the library raises many unrelated kinds
-        raise MlakitError(
-            f"{source} is no file or folder, and no dataset of this name could be loaded: {error}",
-            remedy="check the spelling; a dataset needs a network or a filled cache",
-        ) from error
-    if "text" not in rows.column_names:
-        raise MlakitError(
-            f"the dataset {source} has no column 'text', only {', '.join(rows.column_names)}",
-            remedy="write its texts to a file and give that file",
-        )
-    return "\n".join(rows["text"])
-
-
-def token_windows(
-    text: str,
-    tokenizer: Any,
-    length: int,
-    count: int | None = None,
-    bos_id: int | None = None,
-) -> list[list[int]]:
-    """Cuts a text into consecutive windows of equal length.
-
-    Args:
-        text: The text.
-        tokenizer: A Hugging Face tokenizer.
-        length: Tokens per window, the leading bos included.
-        count: How many windows are wanted; all whole windows of the text if not given.
-        bos_id: The token that starts each window; the tokenizer's own bos if not given. A
-            tokenizer without one gets windows of text only.
-
-    Returns:
-        The windows, each a list of ``length`` token ids; the rest of the text is left out.
-    """
-    bos = tokenizer.bos_token_id if bos_id is None else bos_id
-    head = [] if bos is None else [bos]
-    body = length - len(head)
-    if body < 1:
-        raise MlakitError(f"a window of {length} tokens has no room for text")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    available = len(ids) // body
-    wanted = available if count is None else count
-    if wanted > available or available == 0:
-        raise MlakitError(
-            f"the text has {len(ids)} tokens, enough for {available} windows of {length}"
-            + (f", not for {count}" if count is not None else ""),
-            remedy="give more text, or ask for fewer or shorter windows",
-        )
-    return [head + ids[index * body : (index + 1) * body] for index in range(wanted)]
-
-
-def builtin_text(split: Literal["calibration", "evaluation"]) -> str:
-    """The text that ships with the package, sampled from its demo model.
-
-    Args:
-        split: ``"calibration"`` or ``"evaluation"``; the two share no sampled passage.
-
-    Returns:
-        The text.
-    """
-    if split not in ("calibration", "evaluation"):
-        raise MlakitError(
-            f"there is no built-in text {split!r}", remedy="use 'calibration' or 'evaluation'"
-        )
-    file = resources.files("mlakit") / "assets" / "text" / f"{split}.txt"
-    return file.read_text(encoding="utf-8")

@@ -1,0 +1,48 @@
+"""Texts to calibrate, train and measure with, and recall probes: plain Python, text in, ids out."""
+
+from mlakit.data.probes import (
+    CODE_DIGITS,
+    NAMES,
+    NEUTRAL_LINES,
+    PASSKEY_DIGITS,
+    Probe,
+    code_line,
+    code_question,
+    key_value_prompt,
+    passkey_line,
+    passkey_prompt,
+    passkey_question,
+    random_digits,
+)
+from mlakit.data.texts import (
+    BUILTIN,
+    EVALUATION,
+    Source,
+    SourceLike,
+    builtin_text,
+    named_sources,
+)
+from mlakit.data.windows import source_windows, token_windows
+
+__all__ = [
+    "BUILTIN",
+    "CODE_DIGITS",
+    "EVALUATION",
+    "NAMES",
+    "NEUTRAL_LINES",
+    "PASSKEY_DIGITS",
+    "Probe",
+    "Source",
+    "SourceLike",
+    "builtin_text",
+    "code_line",
+    "code_question",
+    "key_value_prompt",
+    "named_sources",
+    "passkey_line",
+    "passkey_prompt",
+    "passkey_question",
+    "random_digits",
+    "source_windows",
+    "token_windows",
+]
