@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlakit import __version__
+from mlakit.conversion.domains import Domain
 from mlakit.conversion.forecast import STEP_TOKENS
-from mlakit.conversion.plan import FORMAT_VERSION, ConversionPlan, Domain
+from mlakit.conversion.plan import FORMAT_VERSION, ConversionPlan
 from mlakit.families import FAMILIES, rope_parameters
+from mlakit.reporting.domains import disagreement
 from mlakit.spec import ModelSpec
 
 DROPPED_KEYS = (
@@ -175,7 +177,23 @@ def findings(plan: ConversionPlan) -> list[tuple[str, str]]:
             refined = " without refinement" if plan.goal.steps else ""
             value += f"; {predicted:.4g} predicted by the algebra to second order{refined}"
         found.append(("predictions", f"{value}, held-out calibration text"))
-    if layers and "error" not in layers[0] and "kept" in layers[0]:
+    found += _domain_findings(measured.get("domains", []))
+    if layers and plan.method == "transmla":
         kept = min(layer["kept"] for layer in layers)
         found.append(("energy kept", f"{kept:.1%} in the worst layer"))
     return found
+
+
+def _domain_findings(domains: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The KL divergence on each text, where there are several, and whether they agree."""
+    if len(domains) < 2:
+        return []
+    listed = ", ".join(
+        f"{domain['name']}{'' if domain['calibrated'] else ' (not calibrated on)'}"
+        f" {domain['kl']:.4g}"
+        for domain in domains
+    )
+    kl = {domain["name"]: domain["kl"] for domain in domains}
+    note = disagreement(kl, [domain["name"] for domain in domains if domain["calibrated"]])
+    found = [("by text", f"{listed} nats per token (KL divergence, held-out windows)")]
+    return [*found, ("note", note)] if note else found

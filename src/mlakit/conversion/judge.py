@@ -26,6 +26,7 @@ class Judge:
         reader: the source.
         plan: the result's sizes.
         windows: token ids ``[windows, T]``; the held-out ones among them are looked at.
+        checks: more windows ``[K, T]``, for the predictions alone.
         sensed: the folder of ``Sensitivity``.
         work: for the two streams.
         progress: told about every layer.
@@ -36,12 +37,14 @@ class Judge:
         reader: LayerReader,
         plan: ConversionPlan,
         windows: torch.Tensor,
+        checks: torch.Tensor,
         sensed: Path,
         work: Path,
         progress: Progress,
     ) -> None:
         self.reader, self.plan, self.sensed, self.progress = reader, plan, sensed, progress
-        windows = split_held_out(windows)[1]
+        held_out = split_held_out(windows)[1]
+        self.held_out, windows = len(held_out), torch.cat([held_out, checks])
         size = batch_size(windows.shape[1])
         self.source = Stream(work, "judge-source", windows, reader, size)
         self.result = Stream(work, "judge-result", windows, reader, size)
@@ -67,7 +70,8 @@ class Judge:
             hidden, mask = args[0] if args else kwargs["hidden_states"], kwargs["attention_mask"]
             for row, (x, y) in enumerate(zip(hidden, output[0], strict=True)):
                 own = None if mask is None else mask[row if len(mask) > 1 else 0, 0]
-                seen.append(HeldOut(x, y, own))
+                if len(seen) < self.held_out:
+                    seen.append(HeldOut(x, y, own))
 
         hook = model.layers[0].self_attn.register_forward_hook(keep, with_kwargs=True)
         self.source.run(index, model)
@@ -84,11 +88,14 @@ class Judge:
         for stream in (self.source, self.result):
             stream.inputs(index).remove()
 
-    def divergence(self) -> float:
-        """Mean KL divergence of the result's predictions from the source's, nats per token."""
+    def divergence(self) -> list[float]:
+        """Mean KL divergence of the result's predictions from the source's, nats per token.
+
+        Of each window: the held-out ones, then the checks.
+        """
         head, last = Head(self.reader), len(self.plan.layers)
         batches = zip(*(stream.inputs(last).batches(1) for stream in (self.source, self.result)))
-        parts = [head.divergence(*batch).mean() for batch in batches]
+        found = [float(head.divergence(*batch).mean()) for batch in batches]
         for stream in (self.source, self.result):
             stream.inputs(last).remove()
-        return float(torch.stack(parts).mean())
+        return found

@@ -14,8 +14,9 @@ from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.conversion.budget import Goal, engine_choice, target_layer
-from mlakit.conversion.forecast import HELD_OUT, WINDOW, Estimate, forecast_cost, forecast_warnings
-from mlakit.data import BUILTIN, Source, SourceLike, named_sources
+from mlakit.conversion.domains import Calibration, plan_texts, text_warnings, with_samples
+from mlakit.conversion.forecast import Estimate, forecast_cost, forecast_warnings
+from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.engines.targets import TARGETS, adaptations, require_expressible
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import FAMILIES, convertible
@@ -29,43 +30,6 @@ WORK_NAME = ".work"
 
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 """Output dtypes: safetensors' name and bytes."""
-
-
-@dataclass(frozen=True)
-class Domain:
-    """One of the texts: a kind of text, a language, what the model itself writes.
-
-    Attributes:
-        name: for tables.
-        source: the file, folder or dataset, ``builtin`` or ``self``.
-        sha256: of the text; None for what the model writes itself, which follows from the source
-            checkpoint and the seed.
-        tokens: how many are used, at most.
-    """
-
-    name: str
-    source: str
-    sha256: str | None
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The texts whose activations are looked at.
-
-    Attributes:
-        domains: each has its share of the windows, held-out ones included.
-        checks: texts that are only measured on, when all is done.
-        tokens: of all domains, at most.
-        window: tokens per window.
-        seed: chooses the windows of a longer text, and what the model writes itself.
-    """
-
-    domains: tuple[Domain, ...]
-    checks: tuple[Domain, ...]
-    tokens: int
-    window: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -216,7 +180,7 @@ def make_plan(
         sources = named_sources(BUILTIN if calibration is None else calibration)
         checks = named_sources(check or ())
         named_sources([*sources, *checks])  # no name twice
-        texts = _calibration(model, sources, checks, calibration_tokens, seed)
+        texts = plan_texts(model, sources, checks, calibration_tokens, seed)
     tensors = _tensors(checkpoint, model, layers, goal, dtype)
     source = model.layers[0]
     itemsize = _itemsize(checkpoint, model, None)
@@ -238,11 +202,11 @@ def make_plan(
         estimate=Estimate(0, 0, 0.0),
         warnings=(),
     )
-    return replace(
-        plan,
-        estimate=forecast_cost(plan, model, device),
-        warnings=(*_engine_warnings(plan, model), *forecast_warnings(plan, model)),
-    )
+    estimate, found = forecast_cost(plan, model, device), _engine_warnings(plan, model)
+    if texts is not None:
+        estimate = with_samples(estimate, texts, checkpoint, model, device)
+        found += text_warnings(texts)
+    return replace(plan, estimate=estimate, warnings=(*found, *forecast_warnings(plan, model)))
 
 
 def _engine_warnings(plan: ConversionPlan, model: ModelSpec) -> list[str]:
@@ -261,39 +225,6 @@ def _name(source: str | Path) -> str:
     """A hub id or dataset name as it is; of a path only the last part."""
     path = Path(source)
     return path.resolve().name if path.exists() else str(source)
-
-
-def _calibration(
-    model: ModelSpec,
-    sources: Sequence[Source],
-    checks: Sequence[Source],
-    tokens: int,
-    seed: int,
-) -> Calibration:
-    window = min(WINDOW, model.max_position_embeddings, tokens // (2 * len(sources)))
-    if window < 2:
-        raise UsageError(
-            f"--calib-tokens {tokens} is too few", remedy="give thousands; default 32768"
-        )
-    windows = tokens // window
-    shares = [
-        windows // len(sources) + (place < windows % len(sources)) for place in range(len(sources))
-    ]
-    held_out = max(1, windows // HELD_OUT)
-    return Calibration(
-        domains=tuple(
-            _domain(source, share * window) for source, share in zip(sources, shares, strict=True)
-        ),
-        checks=tuple(_domain(source, held_out * window) for source in checks),
-        tokens=tokens,
-        window=window,
-        seed=seed,
-    )
-
-
-def _domain(source: Source, tokens: int) -> Domain:
-    sha256 = None if source.own else source.content.sha256
-    return Domain(source.name, source.label, sha256, tokens)
 
 
 def _attention_dtype(checkpoint: Checkpoint, model: ModelSpec) -> str:

@@ -36,7 +36,7 @@ from mlakit.conversion.refine import Refiner
 from mlakit.conversion.stream import LayerReader
 from mlakit.conversion.survey import Survey
 from mlakit.conversion.transmla import LayerResult, TransMLA
-from mlakit.conversion.windows import WindowChoice
+from mlakit.conversion.windows import WindowChoice, held_out_record
 from mlakit.data import Source
 from mlakit.errors import MlakitError, UsageError
 from mlakit.families import FAMILIES, read_model
@@ -117,7 +117,7 @@ class Run:
         if self.plan.goal.method == "transmla":
             method = TransMLA(*common)
             self._write_layers(method)
-            return measured | method.measured
+            return measured | method.measured | self._judged()
         survey = Survey(*common)
         survey.run()
         self._write_layers(Fit(survey, self.plan))
@@ -134,9 +134,9 @@ class Run:
             self._write_layer(index, tensors, facts)
 
     def _judged(self) -> dict[str, Any]:
-        """What the layers on disk lose on the held-out windows."""
-        assert self.windows is not None
-        judge = Judge(self.reader, self.plan, self.windows, self.work, self.work, self.progress)
+        """What the layers on disk lose on the held-out windows, and on each text."""
+        windows, checks = self.chosen.ids, self.chosen.checks
+        judge = Judge(self.reader, self.plan, windows, checks, self.work, self.work, self.progress)
         for index in range(len(self.plan.layers)):
             prefix = self.family.attention_prefix(index)
             stored = load_file(self.shards.path(index + 1))
@@ -149,7 +149,7 @@ class Run:
             judge.see(index, tensors, facts.get("frequencies"))
             if "error" not in facts:
                 write_json_atomic(self._facts(index), {**facts, **judge.layers[index]})
-        return {"held_out_kl": judge.divergence()}
+        return held_out_record(self.chosen, judge.divergence())
 
     def _finish(self, measured: dict[str, Any]) -> ConversionPlan:
         """The tensors outside the layers, then config, card and index; then the work is gone."""

@@ -20,14 +20,11 @@ import torch
 
 from mlakit.account import cache_bytes
 from mlakit.checkpoint import Checkpoint, write_json_atomic
+from mlakit.conversion.domains import rows_together, sampling_bytes
 from mlakit.errors import MlakitError, UsageError
 from mlakit.nn.hf import attention_specs, load, new_cache
 from mlakit.spec import ModelSpec
 
-CACHE_BYTES = 2**30
-"""What the caches of samples drawn together take, at most (one sample may take more)."""
-
-MOST_ROWS = 64
 MARK = "\x00message\x00"
 
 
@@ -107,11 +104,6 @@ def draw_samples(
     return torch.cat(found)
 
 
-def rows_together(row_bytes: int) -> int:
-    """Samples that are drawn at once, from the cache bytes of one."""
-    return max(1, min(MOST_ROWS, CACHE_BYTES // max(1, row_bytes)))
-
-
 def _draw(
     model: Any, script: Script, rows: int, width: int, generator: torch.Generator
 ) -> torch.Tensor:
@@ -151,10 +143,7 @@ def require_memory(checkpoint: Checkpoint, model: ModelSpec, length: int, device
     Raises:
         MlakitError: how much it needs and how much there is.
     """
-    weights = sum(checkpoint.nbytes(name) for name in checkpoint.names)
-    row = cache_bytes(model.layers, 1, length, 2 if model.dtype != "float32" else 4)
-    rows = rows_together(row)
-    needed, free = weights + rows * (row + 16 * model.vocab_size), free_memory(device)
+    needed, free = sampling_bytes(checkpoint, model, length), free_memory(device)
     if free is not None and needed > free:
         raise MlakitError(
             f"self: to write samples the whole model has to be in memory: about"

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from mlakit.checkpoint import Checkpoint
+from mlakit.conversion.domains import Calibration, Domain
 from mlakit.conversion.forecast import HELD_OUT
-from mlakit.conversion.plan import Calibration, Domain, Progress
+from mlakit.conversion.plan import Progress
 from mlakit.conversion.samples import require_memory, stored_samples
 from mlakit.data import Source, source_windows
 from mlakit.errors import MlakitError
@@ -39,6 +40,36 @@ class Windows:
 def held_out_count(windows: int) -> int:
     """How many of the windows, the last ones, enter no statistic: an eighth, at least one."""
     return max(1, windows // HELD_OUT)
+
+
+def held_out_record(windows: Windows, kl: Sequence[float]) -> dict[str, Any]:
+    """What a plan keeps of the KL divergence on held-out windows and then on checks.
+
+    Args:
+        windows: all of them.
+        kl: mean of each of these windows, nats per token.
+
+    Returns:
+        ``held_out_kl``, the mean over the held-out windows, and ``domains``, one entry per text.
+    """
+    held_out = held_out_count(len(windows.ids))
+    names = (*windows.domains[-held_out:], *windows.check_domains)
+    found: dict[str, list[float]] = {}
+    for name, value in zip(names, kl, strict=True):
+        found.setdefault(name, []).append(value)
+    length = windows.ids.shape[1]
+    return {
+        "held_out_kl": sum(kl[:held_out]) / held_out,
+        "domains": [
+            {
+                "name": name,
+                "calibrated": name in windows.domains,
+                "tokens": len(values) * length,
+                "kl": sum(values) / len(values),
+            }
+            for name, values in found.items()
+        ],
+    }
 
 
 class WindowChoice:
@@ -111,7 +142,7 @@ class WindowChoice:
         return Windows(
             torch.tensor([window for window, _ in whole]),
             tuple(name for _, name in whole),
-            torch.tensor([window for window, _ in checks]).reshape(-1, self.plan.window),
+            torch.tensor([w for w, _ in checks], dtype=torch.long).reshape(-1, self.plan.window),
             tuple(name for _, name in checks),
         )
 
