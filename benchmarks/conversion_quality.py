@@ -2,33 +2,39 @@
 
     python -m benchmarks.conversion_quality [MODEL ...]
 
-Writes results/conversion_quality.json and docs/conversion_quality.png.
-Conversions of real checkpoints at equal cache bytes; published and ours see the same
-calibration text. Test text is only ever scored: nothing is chosen on it. Models that know no text
-we have are calibrated and tested on separate samples of their own. Every window is scored in one
-pass, in which converted models expand keys and values from the latents they would cache.
+Writes results/conversion_quality.json, docs/conversion_quality.md and docs/conversion_quality.png.
+Conversions of real checkpoints at equal cache bytes; all methods see the same calibration windows,
+which the seed chooses (and the order of the refinement's steps). Test text is only ever scored:
+nothing is chosen on it. Models that know no text we have are calibrated and tested on separate
+samples of their own. Every window is scored in one pass, in which converted models expand keys and
+values from the latents they would cache.
+
+What the JSON has for the same code is not measured again, so a run that was cut off goes on where
+it was, and ``--merge FILE`` takes in what another machine or checkout measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
-import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from benchmarks import conversion_tables
 from transformers import AutoTokenizer
 
 from mlakit.benching.environment import environment
-from mlakit.checkpoint import open_checkpoint
+from mlakit.checkpoint import open_checkpoint, write_json_atomic
 from mlakit.conversion.apply import convert
 from mlakit.conversion.budget import AUTO_STEPS, PARTS
 from mlakit.data import builtin_text, token_windows
@@ -40,23 +46,24 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("MLAKIT_SHARED", ROOT.parent / "shared"))
 DEMO = ROOT / "src" / "mlakit" / "assets" / "demo_model"
 RESULT = ROOT / "benchmarks" / "results" / "conversion_quality.json"
-PICTURE = ROOT / "docs" / "conversion_quality.png"
 STORIES = ("stories260k", "llama2xs280k")
-RATIOS = (1.0, 0.5, 0.375, 0.28, 0.25, 0.125)
+HEADLINE = (0.5, 0.375, 1.0)
+OTHERS = (0.25, 0.28, 0.125)
+"""Cache ratios in the order they are measured in."""
 ABLATED = ((0.5, 1), (0.375, 1), (0.5, 2))
 """Cache ratios, and the share of the head size that stays rotated, of the ablation."""
-TOKENS, LONGEST = 12288, 512
+SEEDS = (0, 1, 2)
+CALIBRATION_TOKENS, TEST_TOKENS, LONGEST = 32768, 12288, 512
 METHODS: dict[str, dict[str, Any]] = {
     "published": {"method": "transmla"},
     "published, refined": {"method": "transmla", "refine_steps": AUTO_STEPS},
-    "ours": {},
     "ours, closed form": {"refine_steps": 0},
     "ours, closed form, stock layout": {"refine_steps": 0, "without": ["frequencies", "means"]},
+    "ours": {},
 }
-COLOURS = dict(zip(METHODS, ("#9aa1ac", "#ddaa33", "#cc3311", "#ee7733", "#4477aa")))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
     """A model and its two texts: one to calibrate with, one to score."""
 
@@ -67,12 +74,30 @@ class Case:
     log_probabilities: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One conversion: of which ``1 / halving`` of the head size stays rotated."""
+
+    kind: str
+    ratio: float
+    halving: int
+    method: str
+    seed: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``convert`` is told beside the sizes."""
+        if self.kind == "cells":
+            return METHODS[self.method]
+        return {"without": self.method.removeprefix("without ").split(" and "), "refine_steps": 0}
+
+
 @torch.inference_mode()
-def samples(folder: Path, seed: int) -> torch.Tensor:
+def samples(folder: Path, tokens: int, seed: int) -> torch.Tensor:
     """Windows that the model draws itself, ``[windows, T]`` from its first token on."""
     model = load(folder, dtype=torch.float32)
     length = min(LONGEST, model.config.max_position_embeddings)
-    start = torch.full((TOKENS // length, 1), model.config.bos_token_id)
+    start = torch.full((tokens // length, 1), model.config.bos_token_id)
     torch.manual_seed(seed)
     options = {"do_sample": True, "min_new_tokens": length - 1, "max_new_tokens": length - 1}
     return model.generate(start, attention_mask=torch.ones_like(start), top_k=0, **options)
@@ -87,19 +112,21 @@ def open_case(folder: Path, work: Path) -> Case:
     if folder.name in STORIES:
         texts, stories = "TinyStories train and valid", SHARED / "data" / "tinystories"
         both = [(stories / f"{name}.txt").read_text("utf-8") for name in ("train", "valid")]
-        calibration, test = (text[: 5 * TOKENS].replace("<|endoftext|>", "") for text in both)
+        calibration, test = (text[: 5 * size].replace("<|endoftext|>", "") for text, size in zip(
+            both, (4 * CALIBRATION_TOKENS, TEST_TOKENS), strict=True
+        ))  # fmt: skip
     elif folder == DEMO:
         texts = "the package's calibration and evaluation texts"
         calibration, test = builtin_text("calibration"), builtin_text("evaluation")
     else:
-        texts, test = "its own samples, two seeds", ""
-        drawn = samples(folder, 0)
+        texts, test = "its own samples, drawn apart", ""
+        drawn = samples(folder, 2 * CALIBRATION_TOKENS, seed=0)
         calibration = "\n".join(tokenizer.batch_decode(drawn, skip_special_tokens=True))
-    path.write_text(calibration, encoding="utf-8")
+    path.write_text(calibration.replace("\0", ""), encoding="utf-8")
     if test:
-        windows = torch.tensor(token_windows(test, tokenizer, length, TOKENS // length))
+        windows = torch.tensor(token_windows(test, tokenizer, length, TEST_TOKENS // length))
     else:
-        windows = samples(folder, 1)
+        windows = samples(folder, TEST_TOKENS, seed=1)
     return Case(folder, texts, path, windows, log_probabilities(folder, windows))
 
 
@@ -116,13 +143,13 @@ def losses(scores: torch.Tensor, windows: torch.Tensor) -> np.ndarray:
     return -scores.gather(2, windows[:, 1:, None]).double().mean((1, 2)).numpy()
 
 
-def measure(case: Case, work: Path, **goal: Any) -> dict[str, Any]:
+def measure(case: Case, cell: Cell, goal: dict[str, int], work: Path) -> dict[str, Any]:
     """Converts and scores; intervals are 95 % bootstraps over windows."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         started = time.perf_counter()
         plan = convert(
-            case.folder, folder, calibration=case.calibration, calibration_tokens=TOKENS,
-            dtype="float32", **goal,
+            case.folder, folder, calibration=case.calibration, seed=cell.seed,
+            calibration_tokens=CALIBRATION_TOKENS, dtype="float32", **goal, **cell.options,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         scores = log_probabilities(Path(folder), case.windows)
@@ -137,166 +164,133 @@ def measure(case: Case, work: Path, **goal: Any) -> dict[str, Any]:
         "excess": excess.model_dump(),
         "kl": bootstrap(kl.numpy(), seed=0).model_dump(),
         "top1": bootstrap(same.numpy(), seed=0).model_dump(),
+        "steps": plan.goal.steps,
         "seconds": round(seconds, 2),
+        "code": code(),
     }
 
 
-def goal_of(case: Case, ratio: float, halving: int) -> dict[str, int] | None:
+@cache
+def code() -> str:
+    """Names the state of everything that a conversion's figures depend on."""
+    rooms = [ROOT / "src" / "mlakit" / room for room in ("conversion", "nn")]
+    files = [Path(__file__), *sorted(path for room in rooms for path in room.glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def goal_of(folder: Path, ratio: float, halving: int) -> dict[str, int] | None:
     """Rank and rotary width at a share of the cache; None where no rank is left."""
-    layer = read_model(open_checkpoint(case.folder).config).layers[0]
+    layer = read_model(open_checkpoint(folder).config).layers[0]
     rope = layer.head_dim // halving
     rank = math.floor(ratio * layer.cache_width + 1e-9) - rope
     return {"kv_lora_rank": rank, "qk_rope_head_dim": rope} if rank > 0 else None
 
 
-def run(
-    case: Case, work: Path, methods: list[str], ratios: list[float], ablation: bool
-) -> dict[str, Any]:
-    """Every size and method of one model."""
-    cells, ablated = [], []
-    for ratio in ratios:
-        for halving in (1, 2):
-            goal = goal_of(case, ratio, halving)
-            for method in methods if goal else ():
-                found = measure(case, work, **goal, **METHODS[method])
-                cells.append({"ratio": ratio, "halving": halving, "method": method, **found})
-                say(case, cells[-1])
-    for ratio, halving in ABLATED if ablation else ():
-        goal = goal_of(case, ratio, halving)
-        for part in PARTS if goal else ():
-            without = ["frequencies", "theta"] if part == "theta" else [part]
-            found = measure(case, work, **goal, without=without, refine_steps=0)
-            name = "without " + " and ".join(without)
-            ablated.append({"ratio": ratio, "halving": halving, "method": name, **found})
-            say(case, ablated[-1])
-    source = float(np.exp(losses(case.log_probabilities, case.windows).mean()))
-    return {"texts": case.texts, "source_perplexity": source, "cells": cells, "ablation": ablated}
+def cells(seeds: list[int], methods: list[str]) -> Iterator[Cell]:
+    """What is measured of every model, the headline first."""
+    for seed in seeds:
+        for ratio in (*HEADLINE, *OTHERS):
+            for halving in (1, 2):
+                for method in methods:
+                    yield Cell("cells", ratio, halving, method, seed)
+        for ratio, halving in ABLATED if seed == seeds[0] else ():
+            for part in PARTS:
+                without = "frequencies and theta" if part == "theta" else part
+                yield Cell("ablation", ratio, halving, f"without {without}", seed)
 
 
-def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A model's record with cells measured anew in place of the old ones."""
-
-    def key(cell: dict[str, Any]) -> tuple[Any, ...]:
-        return -cell["ratio"], cell["halving"], cell["method"]
-
-    result = {**old, **new}
-    for name in ("cells", "ablation"):
-        cells = {key(cell): cell for cell in [*old.get(name, []), *new[name]]}
-        result[name] = [cells[place] for place in sorted(cells)]
-    return result
+def place(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """Which conversion a measured cell is of; also their order."""
+    return -cell["ratio"], cell["halving"], cell["method"], cell["seed"]
 
 
-def say(case: Case, cell: dict[str, Any]) -> None:
-    """One line per conversion."""
-    print(
-        f"{case.folder.name}: {cell['ratio']:.1%} rope {cell['rope']} + rank {cell['rank']}"
-        f" {cell['method']}: {cell['perplexity']:.4g}, KL {cell['kl']['value']:.3g},"
-        f" top-1 {cell['top1']['value']:.1%}, {cell['seconds']:.0f} s",
-        flush=True,
-    )
+def store(record: dict[str, Any], name: str, kind: str, found: dict[str, Any]) -> None:
+    """Puts a measured cell in place of an older one of the same conversion."""
+    known = {place(cell): cell for cell in record["models"][name][kind]}
+    known[place(found)] = found
+    record["models"][name][kind] = [known[key] for key in sorted(known)]
 
 
-def size_name(cell: dict[str, Any]) -> str:
-    """``d1_500``: all of the head size stays rotated, 500 thousandths of the cache are kept."""
-    return f"d{cell['halving']}_{round(1000 * cell['ratio'])}"
+def has(record: dict[str, Any], name: str, cell: Cell) -> bool:
+    """Whether this code has measured this conversion."""
+    wanted = {key: value for key, value in vars(cell).items() if key != "kind"} | {"code": code()}
+    known = record["models"].get(name, {cell.kind: []})[cell.kind]
+    return any(wanted.items() <= old.items() for old in known)
 
 
-def perplexities(models: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity by model, size and method, the ablation among them."""
-    table: dict[str, Any] = {}
-    for name, model in models.items():
-        table[name] = {"source": model["source_perplexity"]}
-        for cell in [*model["cells"], *model["ablation"]]:
-            table[name].setdefault(size_name(cell), {})[cell["method"]] = cell["perplexity"]
-    return table
+def write(record: dict[str, Any], output: Path) -> None:
+    """The JSON with what follows from its cells; beside the repository's, page and picture."""
+    record["share_of_published_excess"] = conversion_tables.shares(record["models"])
+    write_json_atomic(output, record)
+    if output == RESULT:
+        conversion_tables.write_page(record)
 
 
-def summary(models: dict[str, Any]) -> dict[str, Any]:
-    """By size and method: excess log loss as a share of the published one, over models."""
-    shares: dict[str, dict[str, list[float]]] = {}
-    for model in models.values():
-        cells = {
-            (size_name(cell), cell["method"]): cell["excess"]["value"] for cell in model["cells"]
-        }
-        for (size, method), excess in cells.items():
-            published = cells.get((size, "published"))
-            if published:
-                found = shares.setdefault(size, {}).setdefault(method, [])
-                found.append(excess / published)
-    return {
-        size: {
-            method: {"median": statistics.median(found), "worst": max(found), "models": len(found)}
-            for method, found in methods.items()
-        }
-        for size, methods in shares.items()
-    }
+def read(path: Path) -> dict[str, Any]:
+    """A record, empty where there is no file."""
+    empty: dict[str, Any] = {"models": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
 
 
-def draw(record: dict[str, Any]) -> None:
-    """Excess log loss against the share of the cache, one panel per model."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    models = record["models"]
-    figure, panels = plt.subplots(
-        1, len(models), figsize=(2.9 * len(models), 3.2), squeeze=False, sharey=True
-    )
-    for panel, (name, model) in zip(panels[0], models.items()):
-        for method in METHODS:
-            for halving, style in ((1, "o-"), (2, "s--")):
-                cells = [
-                    cell
-                    for cell in model["cells"]
-                    if (cell["method"], cell["halving"]) == (method, halving)
-                ]
-                panel.plot(
-                    [100 * cell["ratio"] for cell in cells],
-                    [max(cell["excess"]["value"], 1e-3) for cell in cells],
-                    style,
-                    color=COLOURS[method],
-                    label=method if halving == 1 else None,
-                    markersize=4,
-                )
-        panel.set_yscale("log")
-        panel.set_title(f"{name}, perplexity {model['source_perplexity']:.2f}", fontsize=9)
-        panel.set_xlabel("cache kept, %")
-        panel.grid(axis="y", color="#e6e8ec")
-    panels[0][0].set_ylabel("excess loss, nats per token")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="lower center", ncol=len(METHODS))
-    figure.suptitle("solid: head size stays rotated; dashed: half of it", fontsize=8, x=0.5)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(PICTURE, dpi=160)
+def merge(record: dict[str, Any], other: dict[str, Any]) -> None:
+    """Takes another record's cells in."""
+    for name, model in other["models"].items():
+        facts = {key: value for key, value in model.items() if key not in ("cells", "ablation")}
+        record["models"].setdefault(name, {"cells": [], "ablation": []}).update(facts)
+        for kind in ("cells", "ablation"):
+            for cell in model[kind]:
+                store(record, name, kind, cell)
+    record["environment"] = other["environment"]
+
+
+def run(folders: list[Path], work: Path, arguments: argparse.Namespace) -> None:
+    """Measures what is missing, and writes the record after every conversion."""
+    cases: dict[Path, Case] = {}
+    for cell in cells(arguments.seeds, arguments.methods):
+        for folder in folders:
+            record, name = read(arguments.output), folder.name
+            goal = goal_of(folder, cell.ratio, cell.halving)
+            if goal is None or has(record, name, cell):
+                continue
+            if folder not in cases:
+                cases[folder] = open_case(folder, work)
+            case = cases[folder]
+            source = losses(case.log_probabilities, case.windows)
+            model = record["models"].setdefault(name, {"cells": [], "ablation": []})
+            model |= {"texts": case.texts, "source_perplexity": float(np.exp(source.mean()))}
+            sizes = {"ratio": cell.ratio, "halving": cell.halving}
+            found = {**sizes, "method": cell.method, "seed": cell.seed}
+            found |= measure(case, cell, goal, work)
+            store(record, name, cell.kind, found)
+            record["environment"] = environment()
+            write(record, arguments.output)
+            print(
+                f"{name}: {cell.ratio:.1%} rope {found['rope']} + rank {found['rank']}"
+                f" {cell.method}, seed {cell.seed}: {found['perplexity']:.4g},"
+                f" KL {found['kl']['value']:.3g}, top-1 {found['top1']['value']:.1%},"
+                f" {found['seconds']:.0f} s",
+                flush=True,
+            )
 
 
 def main() -> None:
-    """Measures the models given, or all at hand; writes the JSON after each, and the picture.
-
-    What an earlier run measured stays, unless it is measured again.
-    """
+    """Measures the models given, or all at hand; or takes in what was measured elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", type=Path, help="folders; default: all at hand")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
-    parser.add_argument("--no-ablation", action="store_true")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--merge", type=Path, help="a JSON of another run; nothing is measured")
     arguments = parser.parse_args()
+    if arguments.merge:
+        record = read(arguments.output)
+        merge(record, read(arguments.merge))
+        write(record, arguments.output)
+        return
     at_hand = sorted(path.parent for path in (SHARED / "models").glob("*/config.json"))
-    folders = arguments.models or [*at_hand, DEMO]
+    folders = [folder.resolve() for folder in arguments.models or [*at_hand, DEMO]]
     with tempfile.TemporaryDirectory() as work:
-        for folder in folders:
-            case = open_case(folder.resolve(), Path(work))
-            ablation = not arguments.no_ablation and case.folder != DEMO
-            found = run(case, Path(work), arguments.methods, arguments.ratios, ablation)
-            record: dict[str, Any] = {"models": {}}
-            if arguments.output.exists():
-                record = json.loads(arguments.output.read_text(encoding="utf-8"))
-            name, models = case.folder.name, record["models"]
-            models[name] = merged(models.get(name, {}), found)
-            record["environment"] = environment()
-            record["share_of_published_excess"] = summary(models)
-            record["perplexity"] = perplexities(models)
-            arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if arguments.output == RESULT:
-        draw(record)
+        run(folders, Path(work), arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+"""What the cells of conversion_quality say together: shares, a page of tables, a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+COLOURS = {
+    "published": "#9aa1ac",
+    "published, refined": "#ddaa33",
+    "ours, closed form, stock layout": "#4477aa",
+    "ours, closed form": "#ee7733",
+    "ours": "#cc3311",
+}
+FLOOR = 1e-3
+"""Excess losses below are drawn here; some are below zero."""
+
+
+def size_name(cell: dict[str, Any]) -> str:
+    """``d1_500``: all of the head size stays rotated, 500 thousandths of the cache are kept."""
+    return f"d{cell['halving']}_{round(1000 * cell['ratio'])}"
+
+
+def shares(models: dict[str, Any]) -> dict[str, Any]:
+    """By size and method: excess log loss as a share of the published one's.
+
+    A model counts with the mean of its seeds. ``lowest`` and ``highest`` are those of the median
+    over models where each seed stands alone, over the seeds that all these models have.
+    """
+    found: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
+    for name, model in models.items():
+        excess = {
+            (size_name(cell), cell["method"], cell["seed"]): cell["excess"]["value"]
+            for cell in [*model["cells"], *model["ablation"]]
+        }
+        for (size, method, seed), value in excess.items():
+            published = excess.get((size, "published", seed))
+            if published:
+                by_model = found.setdefault(size, {}).setdefault(method, {})
+                by_model.setdefault(name, {})[seed] = value / published
+    return {
+        size: {method: _summary(by_model) for method, by_model in methods.items()}
+        for size, methods in found.items()
+    }
+
+
+def _summary(by_model: dict[str, dict[int, float]]) -> dict[str, Any]:
+    means = {name: statistics.mean(seeds.values()) for name, seeds in by_model.items()}
+    common = set.intersection(*(set(seeds) for seeds in by_model.values()))
+    medians = [statistics.median(seeds[one] for seeds in by_model.values()) for one in common]
+    return {
+        "median": statistics.median(means.values()),
+        "worst": max(means.values()),
+        "worst_model": max(means, key=lambda name: means[name]),
+        "models": len(means),
+        "seeds": len(common),
+        "lowest": min(medians, default=None),
+        "highest": max(medians, default=None),
+    }
+
+
+def grouped(cells: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Cells that differ in the seed alone, together; as they are ordered."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["ratio"], cell["halving"], cell["method"]), []).append(cell)
+    return list(groups.values())
+
+
+def page(record: dict[str, Any]) -> str:
+    """Every figure, in Markdown."""
+    lines = [
+        "# Conversion quality, every figure",
+        "",
+        "Written by `python -m benchmarks.conversion_quality`; [conversion](conversion.md) says"
+        " what the methods are. Each cell is the mean over seeds (calibration windows, order of"
+        " steps); brackets hold the 95 % bootstrap interval over test windows of the first seed,"
+        " and `±` is half the spread over seeds. Excess and KL in nats per token against the"
+        " source. Sizes that leave no rank are missing.",
+    ]
+    for name, model in record["models"].items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"Perplexity {model['source_perplexity']:.4g} on {model['texts']}.",
+            "",
+            "| cache | rope + rank | method | perplexity | excess | KL | top-1 | seeds | seconds |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_row(cells) for cells in grouped(model["cells"])),
+        ]
+        if model["ablation"]:
+            lines += [
+                "",
+                "Closed form, one part left out at a time:",
+                "",
+                "| cache | rope + rank | method | perplexity | excess | KL | top-1 | seeds |"
+                " seconds |",
+                "|---|---|---|---|---|---|---|---|---|",
+                *(_row(cells) for cells in grouped(model["ablation"])),
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[dict[str, Any]]) -> str:
+    first = cells[0]
+
+    def figure(name: str, form: str) -> str:
+        values = [cell[name]["value"] for cell in cells]
+        text, known = format(statistics.mean(values), form), first[name]
+        if known.get("low") is not None:
+            text += f" [{known['low']:{form}}, {known['high']:{form}}]"
+        if len(values) > 1:
+            text += f" ± {(max(values) - min(values)) / 2:{form}}"
+        return text
+
+    perplexity = math.exp(statistics.mean(math.log(cell["perplexity"]) for cell in cells))
+    return (
+        f"| {first['ratio']:.4g} | {first['rope']} + {first['rank']} | {first['method']}"
+        f" | {perplexity:.4g} | {figure('excess', '.4f')} | {figure('kl', '.4f')}"
+        f" | {figure('top1', '.1%')} | {len(cells)}"
+        f" | {statistics.mean(cell['seconds'] for cell in cells):.0f} |"
+    )
+
+
+def draw(record: dict[str, Any]) -> None:
+    """Excess log loss against the share of the cache: a column per model, a row per width."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    models = record["models"]
+    figure, rows = plt.subplots(
+        2, len(models), figsize=(2.7 * len(models), 5.6), squeeze=False, sharey=True, sharex=True
+    )
+    for panels, halving in zip(rows, (1, 2), strict=True):
+        for panel, (name, model) in zip(panels, models.items(), strict=True):
+            groups = [g for g in grouped(model["cells"]) if g[0]["halving"] == halving]
+            for method in COLOURS:
+                _line(panel, [g for g in groups if g[0]["method"] == method], method)
+            panel.set(xscale="log", yscale="log", xlim=(110, 11))
+            panel.set_xticks([100, 50, 25, 12.5], ["100", "50", "25", "12.5"])
+            panel.minorticks_off()
+            panel.grid(axis="y", color="#e6e8ec")
+            if halving == 1:
+                panel.set_title(f"{name}, perplexity {model['source_perplexity']:.2f}", fontsize=9)
+            else:
+                panel.set_xlabel("cache kept, %")
+        width = "all of the head size rotated" if halving == 1 else "half of it rotated"
+        panels[0].set_ylabel(f"{width}\nexcess loss, nats per token")
+    handles, labels = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="lower center", ncol=len(COLOURS))
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(DOCS / "conversion_quality.png", dpi=150)
+    plt.close(figure)
+
+
+def _line(panel: Any, groups: list[list[dict[str, Any]]], method: str) -> None:
+    """One method: the mean over seeds, and their spread."""
+    values = [[max(cell["excess"]["value"], FLOOR) for cell in group] for group in groups]
+    ratios = [100 * group[0]["ratio"] for group in groups]
+    means = [statistics.mean(of_size) for of_size in values]
+    panel.plot(ratios, means, "o-", color=COLOURS[method], label=method, markersize=4)
+    panel.vlines(ratios, [min(v) for v in values], [max(v) for v in values], color=COLOURS[method])
+
+
+def write_page(record: dict[str, Any]) -> None:
+    """The tables and the picture, beside the other documentation."""
+    (DOCS / "conversion_quality.md").write_text(page(record), encoding="utf-8")
+    draw(record)
