@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,56 @@ def test_only_attention_is_refined(tiny: Path, tmp_path: Path) -> None:
     assert copied == {name for name in source.names if ".self_attn." not in name}
     for name in copied:
         assert torch.equal(source.read(name), result.read(name))
+
+
+def test_a_run_cut_off_while_refining_resumes_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
+    """Every stage report is a place to stop at: the last before the second layer's refinement."""
+    options = {**SIZE, "refine_steps": 6, "calibration": tiny.parent / "text.txt"}
+    convert(tiny, tmp_path / "whole", **options)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "refine" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny, tmp_path / "cut", **options, progress=stop)
+    convert(tiny, tmp_path / "cut", **options)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
+
+
+def test_refinement_holds_one_layer_and_its_optimiser(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's two moments in float32, of one layer's attention alone."""
+    held: list[int] = []
+
+    class Watched(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            result = super().step(closure)
+            states = [value for state in self.state.values() for value in state.values()]
+            held.append(sum(value.nbytes for value in states if value.ndim))
+            return result
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    plan = convert(
+        tiny, tmp_path / "out", **SIZE, refine_steps=2, calibration=tiny.parent / "text.txt"
+    )
+    shapes = plan.target.tensor_shapes()
+    trained = sum(math.prod(s) for name, s in shapes.items() if "layernorm" not in name)
+    assert set(held) == {2 * 4 * trained}
+
+
+def test_a_step_too_long_is_taken_back(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a hundred times the rate no state is better at first; halving the rate finds one."""
+    monkeypatch.setattr("mlakit.conversion.refine.LEARNING_RATE", 1.0)
+    plan = convert(
+        tiny, tmp_path / "out", **SIZE, refine_steps=40, calibration=tiny.parent / "text.txt"
+    )
+    layers = plan.measured["layers"]
+    assert all(layer["error"] < 0.9 * layer["error_before"] for layer in layers)
 
 
 def test_who_is_refined_by_default() -> None:

@@ -83,6 +83,11 @@ class Goal:
             return False
         return compress and part not in (*self.without, *TARGETS[self.engine].parts_off)
 
+    @property
+    def weighs_predictions(self) -> bool:
+        """Whether refinement, after any method, counts errors by what they do to predictions."""
+        return not {"downstream", "metric"} & set(self.without)
+
     def __post_init__(self) -> None:
         if self.form not in ("absorbed", "article"):
             raise UsageError(f"There is no form {self.form!r}", remedy="use absorbed or article")

@@ -29,7 +29,7 @@ STEP_TOKENS = 2048
 SENSITIVITY_TOKENS = 8192
 """Calibration tokens whose gradients are looked at, one pass up and one down."""
 
-CHECKS = 10
+CHECKS = 20
 """How often a refinement looks at the held-out error; the best state found is kept."""
 
 CPU_FLOPS = 2e10
@@ -81,7 +81,7 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
             memory += 8 * (3 * plan.calibration.window**2 + 4 * source.head_dim**2) * heads
             memory += 2 * 4 * tokens // HELD_OUT * hidden
             disk += 8 * 2 * keys * (2 * keys + hidden) * len(plan.layers)
-        if plan.goal.has("downstream"):
+        if plan.goal.has("downstream") or (plan.goal.steps and plan.goal.weighs_predictions):
             sensed = min(tokens, SENSITIVITY_TOKENS)
             passes += 4 * sensed / tokens
             disk += 4 * hidden * ((len(plan.layers) + 2) * sensed + len(plan.layers) * hidden)

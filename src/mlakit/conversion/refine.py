@@ -3,13 +3,16 @@
 The closed form treats errors of different tokens as independent and attention as linear in them;
 a short fit on the layer's own output picks up the rest. Layers follow each other: a layer is
 fitted on the inputs that the converted layers before it give, to the source's output at the same
-tokens, so it also learns to undo their error. One layer and its optimiser are in memory.
+tokens, so it also learns to undo their error. Errors count by what they do to the model's
+predictions (see ``sensitivity``). One layer and its optimiser are in memory.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,18 @@ from mlakit.conversion.card import converted_config
 from mlakit.conversion.factor import Tensors
 from mlakit.conversion.forecast import CHECKS, STEP_TOKENS
 from mlakit.conversion.plan import ConversionPlan, Progress
+from mlakit.conversion.sensitivity import Sensitivity, importance
 from mlakit.conversion.stream import Activations, LayerReader, Stream
 from mlakit.conversion.student import Student, layer_schedule
 
 LEARNING_RATE = 0.01
-"""Adam's first step, relative to the root mean square of each tensor; falls along a cosine."""
+"""Adam's largest step, relative to the root mean square of each tensor."""
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Of a step, from 1 on: up over the first tenth, then down along a cosine."""
+    rising = min(1.0, step / max(1, steps // 10))
+    return LEARNING_RATE * rising * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
 
 
 class Refiner:
@@ -47,13 +57,18 @@ class Refiner:
         work: Path,
         progress: Progress,
     ) -> None:
-        self.reader, self.plan, self.progress = reader, plan, progress
-        self.size = batch_size(windows.shape[1])
+        self.reader, self.plan, self.work, self.progress = reader, plan, work, progress
+        self.seed = plan.calibration.seed if plan.calibration else 0
         self.fitted = len(split_held_out(windows)[0])
-        self.source = Stream(work, "teacher", windows, reader, self.size)
-        self.student = Stream(work, "student", windows, reader, self.size)
+        size = batch_size(windows.shape[1])
+        self.source = Stream(work, "teacher", windows, reader, size)
+        self.student = Stream(work, "student", windows, reader, size)
         self.target = Activations(work / "target.f32", (*windows.shape, reader.spec.hidden_size))
         self.config = converted_config(reader.checkpoint.config, plan, reader.spec, 0)
+        self.sensitivity: Sensitivity | None = None
+        if plan.goal.weighs_predictions:
+            fitted = windows[: self.fitted]
+            self.sensitivity = Sensitivity(reader, fitted, work, self.seed, progress)
 
     def refine(
         self, index: int, tensors: Tensors, facts: dict[str, Any]
@@ -62,6 +77,7 @@ class Refiner:
 
         The layers before must have been refined, in this run or in one that this one resumes.
         """
+        metric = self._metric(index)
         self.progress("refine", index, len(self.plan.layers))
         for stream in (self.source, self.student):
             if index == 0:
@@ -71,13 +87,32 @@ class Refiner:
         model = self.reader.layer(index)
         mask = self._collect_targets(index, model)
         student = self._student(index, tensors, facts)
-        before, after = self._fit(index, model, student, mask)
+        norm = self.reader.family.input_norm
+        errors = Errors(
+            self.student.inputs(index),
+            self.target,
+            student,
+            torch.nn.Identity() if norm is None else getattr(model.layers[0], norm),
+            mask,
+            metric,
+            self.reader.device,
+        )
+        before, after = self._fit(index, errors)
         model.layers[0].self_attn = student
         self.student.run(index, model)
         state = student.attention.state_dict()
         state.pop("kv_a_layernorm.weight")
         refined = {name: tensor.double() for name, tensor in state.items()}
         return refined, {**facts, "error_before": before, "error": after}
+
+    def _metric(self, index: int) -> torch.Tensor | None:
+        """``[D, D]`` float32, the root of ``G``: by it an error is as long as it matters."""
+        if self.sensitivity is None:
+            return None
+        self.sensitivity.collect()
+        matrix = importance(self.work, index).to(self.reader.device)
+        size, axes = torch.linalg.eigh(matrix)
+        return ((axes * size.clamp_min(0).sqrt()) @ axes.mT).float()
 
     def _collect_targets(self, index: int, model: Any) -> torch.Tensor | None:
         """Runs the source's layer on its own inputs; stores what its attention puts out."""
@@ -101,69 +136,84 @@ class Refiner:
             frequencies = layer_schedule(self.config, index).tolist()
         return Student(self.config, index, whole, frequencies, self.reader.device)
 
-    def _fit(
-        self, index: int, model: Any, student: Student, mask: torch.Tensor | None
-    ) -> tuple[float, float]:
-        """Adam on the student's tensors; held-out error before and of the best state."""
-        windows, length = self.target.shape[:2]
-        steps, held_out = self.plan.goal.steps, range(self.fitted, windows)
+    def _trained(self, index: int, student: Student) -> list[torch.nn.Parameter]:
         frozen = {"kv_a_layernorm"}
         if self.reader.spec.layers[index].qk_norm:  # what the latent's bound was computed from
             frozen |= {"q_proj", "k_proj", "v_proj", "q_norm", "k_norm"}
         parts = student.attention.named_parameters()
-        trained = [part for name, part in parts if name.split(".")[0] not in frozen]
+        return [part for name, part in parts if name.split(".")[0] not in frozen]
+
+    def _fit(self, index: int, errors: Errors) -> tuple[float, float]:
+        """Adam on the student's tensors; the held-out error before, and of the best state.
+
+        Where a check finds nothing better, the best state is taken up again at half the rate:
+        how far a step moves the output differs much from layer to layer.
+        """
+        trained, steps = self._trained(index, errors.student), self.plan.goal.steps
+        attention = errors.student.attention
+        held_out = range(self.fitted, self.target.shape[0])
         sizes = [max(float(part.square().mean().sqrt()), 1e-8) for part in trained]
-        rates = [{"params": [p], "lr": LEARNING_RATE * size} for p, size in zip(trained, sizes)]
-        optimiser = torch.optim.Adam(rates, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        seed = self.plan.calibration.seed if self.plan.calibration else 0
-        order = torch.Generator().manual_seed(1000 * seed + index)
-        count = max(1, STEP_TOKENS // length)
-        first = best = self._held_out_error(index, model, student, mask, held_out)
-        kept = copy.deepcopy(student.attention.state_dict())
+        optimiser = torch.optim.Adam([{"params": [part]} for part in trained], betas=(0.9, 0.99))
+        order = torch.Generator().manual_seed(1000 * self.seed + index)
+        count = max(1, STEP_TOKENS // self.target.shape[1])
+        first = best = errors.share(held_out)
+        kept, scale = copy.deepcopy(attention.state_dict()), 1.0
         for step in range(1, steps + 1):
             rows = torch.randperm(self.fitted, generator=order)[:count].tolist()
-            for part in trained:
+            for part, size, group in zip(trained, sizes, optimiser.param_groups, strict=True):
                 part.requires_grad_(True)
+                group["lr"] = scale * size * learning_rate(step, steps)
             optimiser.zero_grad()
-            self._error(index, model, student, mask, rows).mean().backward()
+            errors.squares(rows).mean().backward()
             optimiser.step()
-            schedule.step()
             if step % max(1, steps // CHECKS) == 0 or step == steps:
-                found = self._held_out_error(index, model, student, mask, held_out)
+                found = errors.share(held_out)
                 if found < best:
-                    best, kept = found, copy.deepcopy(student.attention.state_dict())
-        student.attention.load_state_dict(kept)
-        student.requires_grad_(False)
+                    best, kept = found, copy.deepcopy(attention.state_dict())
+                else:
+                    scale /= 2
+                    attention.load_state_dict(kept)
+        errors.student.requires_grad_(False)
         return first, best
 
-    def _error(
-        self,
-        index: int,
-        model: Any,
-        student: Student,
-        mask: torch.Tensor | None,
-        rows: Sequence[int],
-    ) -> torch.Tensor:
-        """Squared error of these windows' outputs, ``[b, T, D]``."""
-        norm = self.reader.family.input_norm
-        hidden = self.student.inputs(index).windows(rows).to(self.reader.device)
-        target = self.target.windows(rows).to(self.reader.device)
-        inputs = hidden if norm is None else getattr(model.layers[0], norm)(hidden)
-        output, _ = student(inputs, mask)
-        return (output - target).square()
+
+@dataclass(frozen=True)
+class Errors:
+    """What one converted layer's output lacks.
+
+    Attributes:
+        inputs: of the converted layer.
+        target: what the source's attention puts out at the same tokens.
+        student: the converted attention.
+        norm: in front of attention.
+        mask: that the family's layer gives its attention; None for causal attention.
+        metric: ``[D, D]``, applied to errors; None where all directions count the same.
+        device: where the student is.
+    """
+
+    inputs: Activations
+    target: Activations
+    student: Student
+    norm: torch.nn.Module
+    mask: torch.Tensor | None
+    metric: torch.Tensor | None
+    device: torch.device
+
+    def squares(self, rows: Sequence[int]) -> torch.Tensor:
+        """Of these windows' errors, ``[b, T, D]``."""
+        inputs = self.norm(self.inputs.windows(rows).to(self.device))
+        return self._felt(self.student(inputs, self.mask)[0] - self._targets(rows)).square()
 
     @torch.no_grad()
-    def _held_out_error(
-        self,
-        index: int,
-        model: Any,
-        student: Student,
-        mask: torch.Tensor | None,
-        rows: Sequence[int],
-    ) -> float:
-        """The error over the variance of the source's outputs."""
-        target = self.target.windows(rows)
-        variance = float((target - target.mean((0, 1))).square().mean())
-        parts = [self._error(index, model, student, mask, [row]).mean() for row in rows]
-        return float(torch.stack(parts).mean()) / max(variance, 1e-30)
+    def share(self, rows: Sequence[int]) -> float:
+        """Their mean over the variance of the source's output, one window at a time."""
+        mean = sum(self._targets([row]).mean((0, 1)) for row in rows) / len(rows)
+        whole = [self._felt(self._targets([row]) - mean).square().mean() for row in rows]
+        parts = [self.squares([row]).mean() for row in rows]
+        return float(torch.stack(parts).mean()) / max(float(torch.stack(whole).mean()), 1e-30)
+
+    def _targets(self, rows: Sequence[int]) -> torch.Tensor:
+        return self.target.windows(rows).to(self.device)
+
+    def _felt(self, error: torch.Tensor) -> torch.Tensor:
+        return error if self.metric is None else error @ self.metric
