@@ -67,7 +67,7 @@ def convert(
             calibration text.
         without: parts of ``mlakit`` to leave out (``conversion.budget.PARTS``).
         refine_steps: gradient steps per layer towards the source's outputs, after the algebra;
-            ``auto`` for 100, and none where the method is ``transmla``.
+            ``auto`` for 200, and none where the method is ``transmla``.
         engine: what the result shall run in (``engines.targets.TARGETS``; ``--for`` on the command
             line): sizes are picked among those it takes.
         calibration: texts to calibrate with, one or several, each ``place`` or ``name=place``: a

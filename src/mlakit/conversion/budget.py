@@ -32,7 +32,7 @@ PARTS = {
 }
 """What the method ``mlakit`` is made of; each part can be left out alone."""
 
-AUTO_STEPS = 100
+AUTO_STEPS = 200
 """Gradient steps per layer where nobody says how many: most of what more would give."""
 
 SCALE_FREE_ROPE = ("default", "linear", "llama3")
