@@ -342,6 +342,8 @@ def _plain(spec: AttentionSpec, groups: int) -> AttentionSpec:
         qk_rope_head_dim=None,
         mla_form=None,
         source_kv_heads=None,
+        source_kv_lora_rank=None,
+        source_qk_rope_head_dim=None,
     )
 
 

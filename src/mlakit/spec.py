@@ -8,7 +8,7 @@ V value size, P block (page) size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 AttentionKind = Literal["mha", "mqa", "gqa", "mla"]
@@ -102,6 +102,9 @@ class AttentionSpec:
             ``projection``. A converted layer then keeps k_proj, v_proj and both norms, and its
             latent is linear in ``[k_norm(k); v]``.
         source_kv_heads: G of the layer that a converted one came from.
+        source_kv_lora_rank: C of a layer that was latent before its conversion. It keeps that
+            layer's projections to queries and latent, and its latent is linear in theirs.
+        source_qk_rope_head_dim: R of that layer.
         softmax_scale: factor on the scores; never None after a family reader ran.
         cache_format: how a latent is cached: quantised, its rotary part in 16 bits; None for
             numbers of the model's own dtype.
@@ -123,6 +126,8 @@ class AttentionSpec:
     sliding_window: int | None = None
     qk_norm: QKNorm | None = None
     source_kv_heads: int | None = None
+    source_kv_lora_rank: int | None = None
+    source_qk_rope_head_dim: int | None = None
     q_bias: bool = False
     kv_bias: bool = False
     o_bias: bool = False
@@ -136,6 +141,34 @@ class AttentionSpec:
         if self.num_key_value_heads == self.num_attention_heads:
             return "mha"
         return "mqa" if self.num_key_value_heads == 1 else "gqa"
+
+    @property
+    def indirect(self) -> bool:
+        """Whether a converted layer's latent is linear in something else than its input."""
+        return bool(self.qk_norm or self.source_kv_lora_rank)
+
+    @property
+    def absorbed(self) -> AttentionSpec:
+        """Latent attention as its queries see it: one head whose key is the cached row.
+
+        Its values are the first C numbers of the key, of which the last R turn (DeepSeek-V2,
+        https://arxiv.org/abs/2405.04434, section 2.1.2). Any other layer as it is.
+        """
+        if self.kv_lora_rank is None:
+            return self
+        return replace(
+            self,
+            num_key_value_heads=1,
+            head_dim=self.cache_width,
+            q_lora_rank=None,
+            kv_lora_rank=None,
+            qk_nope_head_dim=None,
+            qk_rope_head_dim=None,
+            v_head_dim=self.kv_lora_rank,
+            mla_form=None,
+            q_bias=False,
+            kv_bias=False,
+        )
 
     @property
     def rotary_dim(self) -> int:
@@ -172,14 +205,14 @@ class AttentionSpec:
     @property
     def query_dim(self) -> int:
         """Size of one projected query head: N + R of DeepSeek's layout, else d."""
-        if self.kv_lora_rank is None or self.mla_form != "compress" or self.qk_norm:
+        if self.kv_lora_rank is None or self.mla_form != "compress" or self.indirect:
             return self.head_dim
         return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the layer on disk, named below ``self_attn.``, with its shape."""
         shapes = self._query_shapes()
-        if self.kv_lora_rank is None or self.qk_norm:
+        if self.kv_lora_rank is None or self.indirect:
             shapes |= self._cache_shapes()
         if self.kv_lora_rank is not None:
             shapes |= self._latent_shapes()
@@ -208,7 +241,11 @@ class AttentionSpec:
         }
 
     def _cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        groups = self._groups
+        groups, rank = self._groups, self.source_kv_lora_rank
+        if rank is not None:
+            width = rank + (self.source_qk_rope_head_dim or 0)
+            down = _linear("kv_proj", width, self.hidden_size, self.kv_bias)
+            return {**down, "kv_norm.weight": (rank,)}
         return {
             **_linear("k_proj", groups * self.head_dim, self.hidden_size, self.kv_bias),
             **_linear("v_proj", groups * self.value_dim, self.hidden_size, self.kv_bias),
@@ -218,17 +255,19 @@ class AttentionSpec:
         heads, rank = self.num_attention_heads, self.kv_lora_rank or 0
         nope, rope = self.qk_nope_head_dim or 0, self.qk_rope_head_dim or 0
         inputs = self._groups * (self.head_dim + self.value_dim)
+        if self.source_kv_lora_rank is not None:
+            inputs = self.source_kv_lora_rank + (self.source_qk_rope_head_dim or 0)
         down = _linear(
             "kv_a_proj_with_mqa",
             self.cache_width,
-            inputs if self.qk_norm else self.hidden_size,
-            self.kv_bias and not self.qk_norm,
+            inputs if self.indirect else self.hidden_size,
+            self.kv_bias and not self.indirect,
         )
         if self.mla_form == "article":
             up = (heads * self.head_dim, rank // 2)
             return {**down, "v_b_proj.weight": up, "k_b_proj.weight": up}
         shapes = {**down, "kv_a_layernorm.weight": (rank,)}
-        if self.mla_form == "equal-cache" or self.qk_norm:
+        if self.mla_form == "equal-cache" or self.indirect:
             shapes["q_up_proj.weight"] = (heads, nope + rope, self.head_dim)
         shapes["kv_b_proj.weight"] = (heads * (nope + self.value_dim), rank)
         return shapes

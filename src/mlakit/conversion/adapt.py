@@ -7,12 +7,13 @@ linear in some input (see ``normed``). Rows of a head are ordered as in ``famili
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from mlakit.conversion.factor import AttentionWeights, Tensors, augmented, read_weights
-from mlakit.conversion.normed import NormedHeads
+from mlakit.conversion.normed import LatentHeads, NormedHeads
 from mlakit.conversion.rotate import Rotation, rorope
 from mlakit.spec import AttentionSpec
 
@@ -24,10 +25,13 @@ def source_weights(reader: LayerReader, index: int) -> AttentionWeights:
     """The float64 projections of a source layer, on the reader's device.
 
     Where queries and keys are normed, ``q`` maps each normed head to itself, and ``k`` and ``v``
-    pick their half of the input that ``NormedHeads.inputs`` gives.
+    pick their half of the input that ``NormedHeads.inputs`` gives. A latent source is seen in its
+    absorbed form (``AttentionSpec.absorbed``): ``k`` and ``v`` pick from the row it caches.
     """
     tensors, spec = reader.attention(index), reader.spec.layers[index]
     scale = input_scale(reader, index, tensors)
+    if spec.kv_lora_rank is not None:
+        return _absorbed_weights(reader, tensors, spec, scale)
     if not spec.qk_norm:
         return read_weights(tensors, scale, spec)
     heads, groups, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
@@ -44,6 +48,47 @@ def source_weights(reader: LayerReader, index: int) -> AttentionWeights:
         norm=_normed_scale(tensors, spec, scale, offset),
         normed=NormedHeads(tensors, spec, eps, offset),
     )
+
+
+def _absorbed_weights(
+    reader: LayerReader, tensors: Tensors, spec: AttentionSpec, scale: torch.Tensor
+) -> AttentionWeights:
+    heads, rank, nope = spec.num_attention_heads, spec.kv_lora_rank or 0, spec.qk_nope_head_dim or 0
+    interleaved = reader.spec.config.get("rope_interleave", True)
+    layout = replace(reader.family.layout, interleaved=bool(interleaved))
+    order = layout.order(spec.absorbed)
+    row = torch.eye(spec.cache_width, spec.cache_width + 1, dtype=torch.float64).to(reader.device)
+    up = tensors["kv_b_proj.weight"].double().unflatten(0, (heads, -1))
+    w_uk, w_uv = up.split([nope, spec.value_dim], 1)
+    query = row.new_zeros(heads, spec.cache_width, spec.head_dim + 1)
+    query[:, :rank, :nope] = w_uk.mT
+    query[:, rank:, nope:-1] = row[rank:, rank:-1]
+    output = augmented(tensors, "o_proj")
+    blocks = output[:, :-1].unflatten(1, (heads, -1))
+    absorbed = torch.einsum("xhv,hvc->xhc", blocks, w_uv).flatten(1)
+    return AttentionWeights(
+        q=query[:, order],
+        k=row[order][None],
+        v=row[None, :rank],
+        o=torch.cat([absorbed, output[:, -1:]], 1),
+        norm=_row_scale(tensors, rank, scale),
+        normed=LatentHeads(tensors, spec),
+        value_heads=w_uv,
+    )
+
+
+def _row_scale(tensors: Tensors, rank: int, scale: torch.Tensor) -> torch.Tensor:
+    """``input_scale`` of the row ``[kv_norm(c) | k_rope]`` that a latent source caches."""
+    weight = tensors["kv_proj.weight"][rank:].double() * scale
+    bias = tensors.get("kv_proj.bias", scale.new_zeros(rank + len(weight)))[rank:].double()
+    rope = weight.new_full((len(weight),), _longest(weight, bias) / math.sqrt(len(weight)))
+    return torch.cat([tensors["kv_norm.weight"].double().abs(), rope])
+
+
+def _longest(weight: torch.Tensor, bias: torch.Tensor) -> float:
+    """A bound on ``|W n + b|`` for every n of mean square 1."""
+    spectral = float(torch.linalg.eigvalsh(weight @ weight.mT)[-1].clamp_min(0).sqrt())
+    return spectral * math.sqrt(weight.shape[1]) + float(bias.norm())
 
 
 def input_scale(reader: LayerReader, index: int, tensors: Tensors) -> torch.Tensor:
@@ -77,12 +122,35 @@ def _normed_scale(
     width = spec.num_key_value_heads * spec.head_dim
     gain = tensors["k_norm.weight"].double() + offset
     weight = tensors["v_proj.weight"].double() * scale
-    spectral = float(torch.linalg.eigvalsh(weight @ weight.mT)[-1].clamp_min(0).sqrt())
-    longest = spectral * math.sqrt(len(scale))
-    if "v_proj.bias" in tensors:
-        longest += float(tensors["v_proj.bias"].double().norm())
-    values = gain.new_full((width,), longest / math.sqrt(width))
+    bias = tensors.get("v_proj.bias", weight.new_zeros(width)).double()
+    values = gain.new_full((width,), _longest(weight, bias) / math.sqrt(width))
     return torch.cat([gain.repeat(width // len(gain)), values])
+
+
+def own_heads(tensors: Tensors, weights: AttentionWeights, target: AttentionSpec) -> Tensors:
+    """From the absorbed form of a latent source back to its own heads; others as they are.
+
+    The nope rows of a query are the source's own head, or where no rotation is dropped those of
+    its dimensions that never turn.
+
+    Args:
+        tensors: what the factorisation gives.
+        weights: the source layer.
+        target: the converted one.
+    """
+    if weights.value_heads is None:
+        return tensors
+    heads, nope = len(weights.q), target.qk_nope_head_dim
+    up = weights.q[..., :-1].mT  # [H, N + R, C + R], of the source
+    query, row = tensors["q_proj.weight"].unflatten(0, (heads, -1)), up.shape[2]
+    key, value = tensors["kv_b_proj.weight"].unflatten(0, (heads, -1)).tensor_split([row], 1)
+    own = torch.eye(up.shape[1], dtype=up.dtype, device=up.device)[:nope].expand(heads, -1, -1)
+    rows = torch.cat([(up @ key)[:, :nope], weights.value_heads @ value], 1)
+    kept = {name: part for name, part in tensors.items() if name != "q_proj.weight"}
+    return kept | {
+        "q_up_proj.weight": torch.cat([own, query[:, row:]], 1),
+        "kv_b_proj.weight": rows.flatten(0, 1),
+    }
 
 
 def stored_tensors(

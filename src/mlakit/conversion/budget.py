@@ -149,6 +149,8 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
         UsageError: the goal cannot be met; names the nearest two that can.
     """
     rope = source.rope
+    if source.kv_lora_rank is not None:
+        return _smaller_latent(source, goal)
     groups, dim = source.num_key_value_heads, source.head_dim
     latent = replace(
         source,
@@ -182,6 +184,12 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
         rope_dim = turning if turning in choices or sizes is None else choices[-1]
     _check_rope_dim(rope or RopeSpec(1.0, turning), rope_dim, choices)
     if goal.method == "transmla":
+        if rope is not None and rope.attention_factor != 1.0:
+            raise UsageError(
+                f"--method transmla: YaRN scales what turns by {rope.attention_factor:.4g}, which"
+                " the published method loses where it drops a rotation",
+                remedy="use --method mlakit, which keeps it",
+            )
         _check_freqfold(turning, rope_dim, goal.freqfold)
     if sizes is None:
         rank = _rank(2 * groups * dim, choices, rope_dim, goal)
@@ -194,6 +202,37 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
         qk_nope_head_dim=dim,
         qk_rope_head_dim=rope_dim,
         rope=rope and _narrowed(TARGETS[goal.engine].rope(rope) or rope, rope_dim),
+        o_bias=source.o_bias or goal.has("means"),
+    )
+
+
+def _smaller_latent(source: AttentionSpec, goal: Goal) -> AttentionSpec:
+    """The latent layer that one with a larger latent becomes."""
+    if goal.equal_cache:
+        raise UsageError(
+            "--equal-cache: the source's attention is latent already, so it would stay as it is",
+            remedy=f"--cache-ratio is the share of its own {source.cache_width} numbers per token"
+            " to keep",
+        )
+    if goal.method != "mlakit":
+        raise UsageError(
+            f"--method {goal.method} compresses key and value heads; the source caches a latent",
+            remedy="use --method mlakit",
+        )
+    turning = source.rotary_dim
+    rope_dim = turning if goal.qk_rope_head_dim is None else goal.qk_rope_head_dim
+    choices = rope_choices(source, goal.method)
+    _check_rope_dim(RopeSpec(1.0, turning), rope_dim, choices)
+    nope = source.qk_nope_head_dim or 0
+    return replace(
+        source,
+        source_kv_heads=source.num_key_value_heads,
+        source_kv_lora_rank=source.kv_lora_rank,
+        source_qk_rope_head_dim=turning,
+        kv_lora_rank=_rank(source.cache_width, choices, rope_dim, goal),
+        qk_nope_head_dim=nope if rope_dim == turning else source.head_dim,
+        qk_rope_head_dim=rope_dim,
+        rope=source.rope and _narrowed(source.rope, rope_dim),
         o_bias=source.o_bias or goal.has("means"),
     )
 
@@ -224,6 +263,8 @@ def freqfold_candidates(head_dim: int, rope_dim: int) -> list[int]:
 def rope_choices(source: AttentionSpec, method: str) -> list[int]:
     """Every rotary width that a method can keep, ascending."""
     rope = source.rope or RopeSpec(1.0, source.head_dim)
+    if source.kv_lora_rank is not None:
+        return list(range(2, rope.dim + 1, 2))
     if method == "mlakit":
         return list(range(2, source.num_key_value_heads * source.head_dim + 1, 2))
     if rope.rope_type not in SCALE_FREE_ROPE:
@@ -309,11 +350,9 @@ def _check_rope_dim(rope: RopeSpec, rope_dim: int, choices: list[int]) -> None:
             f" depend on how many there are, so only all {rope.dim} dimensions can be kept",
             remedy=f"use --qk-rope-head-dim {rope.dim}",
         )
-    fitting = (
-        f"divide the head size {rope.dim}"
-        if rope.dim == choices[-1]
-        else f"at most {choices[-1]}, that of all key heads"
-    )
+    fitting = f"divide the head size {rope.dim}"
+    if choices == list(range(2, choices[-1] + 1, 2)):
+        fitting = f"at most {choices[-1]}, what the source's keys have in all"
     raise UsageError(
         f"--qk-rope-head-dim {rope_dim} must be even and {fitting}",
         remedy=f"the nearest are {_two_nearest(choices, rope_dim)}",

@@ -27,12 +27,16 @@ from mlakit.conversion.factor import (
     balance_ratio,
     with_bias,
 )
-from mlakit.conversion.observe import Statistics
+from mlakit.conversion.observe import Statistics, turn_factor
 from mlakit.conversion.rotate import KeptRope, hermitian_moment, keep_rope
 from mlakit.spec import AttentionSpec
 
 FLOOR = 1e-9
 """Directions that matter less than this share of the most important one count as that much."""
+
+UNSEEN = 1e-7
+"""Every direction of the inputs has at least this share of their mean energy: a text that is short
+or monotonous leaves some out, which must not be cut while there is rank for them."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,9 @@ def choose_rope(
         unitary=unitary,
     )
     gain = phase_factor(statistics.phase(frequencies[kept.source] - kept.frequencies), shrinkage)
-    return Rope(kept, gain, factor**2 * constant)
+    factors = turn_factor(frequencies, factor).square()  # of scores: queries and keys have it
+    own = factors[kept.source] / turn_factor(kept.frequencies, factor).square()
+    return Rope(kept, gain * own, factors * constant)
 
 
 def unrotated_keys(weights: AttentionWeights, kept: KeptRope) -> torch.Tensor:
@@ -141,13 +147,15 @@ def value_metric(
     weights: AttentionWeights,
     importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``B_V [G d, G d]``: what errors of the values do to the output, in its metric."""
-    output, heads, groups = weights.o[:, :-1], len(weights.q), (spec.num_key_value_heads, -1)
-    felt = output if importance is None else importance @ output
-    pairs = (output.mT @ felt).unflatten(1, (heads, -1)).unflatten(0, (heads, -1))
-    pairs *= statistics.overlap[:, None, :, None]  # [H, d, H, d]
-    pairs = pairs.unflatten(2, groups).sum(3).unflatten(0, groups).sum(1)  # [G, d, G, d]
-    return pairs.flatten(2).flatten(0, 1)
+    """``B_V [G V, G V]``: what errors of the values do to the output, in its metric."""
+    output, group = weights.o[:, :-1].unflatten(1, (len(weights.q), -1)), weights.group_of_head
+    felt = output if importance is None else torch.einsum("xy,yhv->xhv", importance, output)
+    felt = felt.unflatten(1, (spec.num_key_value_heads, -1))  # [D, G, H/G, V]
+    metric = output.new_zeros(*felt.shape[1:4:2], felt.shape[1] * felt.shape[3])
+    for head, overlap in enumerate(statistics.overlap):
+        others = torch.einsum("xgnv,gn->xgv", felt, overlap.view(felt.shape[1:3]))
+        metric[group[head]] += output[:, head].mT @ others.flatten(1)
+    return metric.flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -155,11 +163,11 @@ class Axes:
     """Keys and values of a layer along axes that matter less and less: any rank is a prefix.
 
     Attributes:
-        energy: what each axis is worth in the metric, ``[2 G d]``, descending.
-        down: ``[2 G d, D+1]``, from the layer's input to all axes.
-        key_up: ``[G d, 2 G d]``, back to the unrotated keys.
-        value_up: ``[G d, 2 G d]``, back to the values.
-        mean: of the values, ``[G d]``, and of the axes, ``[2 G d]``; None where means are no
+        energy: what each axis is worth in the metric, ``[G (d + V)]``, descending.
+        down: ``[G (d + V), D+1]``, from the layer's input to all axes.
+        key_up: ``[G d, G (d + V)]``, back to the unrotated keys.
+        value_up: ``[G V, G (d + V)]``, back to the values.
+        mean: of the values, ``[G V]``, and of the axes, ``[G (d + V)]``; None where means are no
             matter of their own.
     """
 
@@ -193,9 +201,9 @@ def output_axes(
 
     Args:
         keys: unrotated keys, ``[G d, D+1]``.
-        values: ``[G d, D+1]``.
+        values: ``[G V, D+1]``.
         moment: ``E[x x^T]`` with a one appended, ``[D+1, D+1]``.
-        metric: ``B_K [G, d, d]`` and ``B_V [G d, G d]``.
+        metric: ``B_K [G, d, d]`` and ``B_V [G V, G V]``.
         centred: means are no part of the latent; that of the values becomes ``offset``.
         bias: the latent may have a bias, and is then centred itself.
     """
@@ -203,6 +211,8 @@ def output_axes(
     mean = joint @ moment[:, -1] if centred else joint.new_zeros(len(joint))
     roots, inverses = _roots(*metric)
     covariance = joint @ moment @ joint.mT - torch.outer(mean, mean)
+    unseen = UNSEEN * float(moment.diagonal()[:-1].mean()) * joint[:, :-1]
+    covariance += unseen @ joint[:, :-1].mT
     energy, basis = torch.linalg.eigh(roots @ covariance @ roots)
     energy, basis = energy.flip(0).clamp_min(0), basis.flip(1)
     down, up = basis.mT @ roots @ joint, inverses @ basis
@@ -220,16 +230,16 @@ def balance_metric(
     def squares(rows: torch.Tensor) -> torch.Tensor:
         return torch.einsum("ij,jk,ik->i", rows, moment, rows)
 
-    width = len(keys)
+    width, dim = len(keys), len(keys) // groups
     ratio = balance_ratio(squares(keys), squares(values), 0) * width / max(width - rope_dim, 1)
-    unit = torch.eye(width, dtype=keys.dtype, device=keys.device)
-    small = unit[: width // groups, : width // groups]
-    return small.expand(groups, -1, -1) / ratio**2, unit
+    unit = torch.eye(max(dim, len(values)), dtype=keys.dtype, device=keys.device)
+    small, whole = unit[:dim, :dim], unit[: len(values), : len(values)]
+    return small.expand(groups, -1, -1) / ratio**2, whole
 
 
 def whole(keys: torch.Tensor, values: torch.Tensor) -> LowRank:
     """No low rank at all: the latent is ``[keys; values]``."""
-    up = torch.eye(2 * len(keys), dtype=keys.dtype, device=keys.device)
+    up = torch.eye(len(keys) + len(values), dtype=keys.dtype, device=keys.device)
     return LowRank(torch.cat([keys, values]), up[: len(keys)], up[len(keys) :], 1.0)
 
 
@@ -242,14 +252,14 @@ def latent_tensors(
     multiplied into the head's up-projection.
 
     Returns:
-        ``q_proj [H (d + R), D]``, ``kv_a_proj_with_mqa [C + R, D]``, ``kv_b_proj [H 2d, C]``,
+        ``q_proj [H (d + R), D]``, ``kv_a_proj_with_mqa [C + R, D]``, ``kv_b_proj [H (d + V), C]``,
         biases as the source has them, and ``o_proj.bias`` where values have an offset.
     """
     groups, dim = weights.k.shape[:2]
     group = weights.group_of_head
     key_up = low_rank.key_up.unflatten(0, (groups, dim))[group]  # [H, d, C]
     key_up = real_form(torch.diag_embed(rope.dropped)).mT @ key_up
-    value_up = low_rank.value_up.unflatten(0, (groups, dim))[group]
+    value_up = low_rank.value_up.unflatten(0, (groups, -1))[group]
     down = torch.cat([low_rank.down, _rope_keys(weights, rope.kept)])
     query = torch.cat([weights.q, rope_queries(rope, group, dim) @ weights.q], 1)
     tensors = {
@@ -258,7 +268,7 @@ def latent_tensors(
         "kv_b_proj.weight": torch.cat([key_up, value_up], 1).flatten(0, 1),
     }
     if low_rank.offset is not None:
-        heads = low_rank.offset.unflatten(0, (groups, dim))[group].flatten()
+        heads = low_rank.offset.unflatten(0, (groups, -1))[group].flatten()
         tensors["o_proj.bias"] = weights.o[:, -1] + weights.o[:, :-1] @ heads
     return tensors
 
@@ -286,7 +296,7 @@ def real_form(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _roots(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Square root of a block-diagonal metric, and its inverse, ``[2 G d, 2 G d]``."""
+    """Square root of a block-diagonal metric, and its inverse, ``[G (d + V), G (d + V)]``."""
     parts = [torch.linalg.eigh((block + block.mT) / 2) for block in (keys, values)]
     floor = FLOOR * max(float(size.max()) for size, _ in parts)
     sizes = [(size.clamp_min(max(floor, 1e-300)).sqrt(), axes) for size, axes in parts]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mlakit.conversion.normed import NormedHeads
+from mlakit.conversion.normed import LatentHeads, NormedHeads
 from mlakit.conversion.rotate import Rotation
 from mlakit.spec import AttentionSpec
 
@@ -30,11 +30,13 @@ class AttentionWeights:
     Attributes:
         q: ``[H, d, D+1]``; the last column is the bias, zero where the source has none.
         k: ``[G, d, D+1]``.
-        v: ``[G, d, D+1]``.
-        o: ``[D, H d + 1]``, the output projection and its bias.
+        v: ``[G, V, D+1]``; V = d but where the source is latent.
+        o: ``[D, H V + 1]``, the output projection and its bias.
         norm: ``[D]``, the weight of the RMSNorm in front of them: ``|x / norm|^2 <= D``.
-        normed: where queries and keys are normed; ``q`` then acts on each normed head
-            (``[H, d, d+1]``) and ``k`` and ``v`` on ``normed.inputs(x)``, not on x.
+        normed: where queries and keys are not linear in x; ``q`` then acts on each head of
+            ``normed.queries(x)`` and ``k`` and ``v`` on ``normed.inputs(x)``.
+        value_heads: ``[H, V, C]`` of a source that is latent already. G is then 1, d and V are
+            those of ``AttentionSpec.absorbed``, and ``q`` and ``o`` hold what is absorbed.
     """
 
     q: torch.Tensor
@@ -42,7 +44,8 @@ class AttentionWeights:
     v: torch.Tensor
     o: torch.Tensor
     norm: torch.Tensor
-    normed: NormedHeads | None = None
+    normed: NormedHeads | LatentHeads | None = None
+    value_heads: torch.Tensor | None = None
 
     def inputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """What keys and values are linear in, for inputs ``[..., D]`` of the layer."""

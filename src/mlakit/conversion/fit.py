@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mlakit.conversion import closed_form
+from mlakit.conversion.adapt import own_heads
 from mlakit.conversion.calibrate import layer_weights
 from mlakit.conversion.factor import Tensors
 from mlakit.conversion.plan import ConversionPlan
@@ -44,5 +45,6 @@ class Fit:
             facts["predicted_kl"] = facts["rope_kl"] + low_rank.lost / 2
         elif has("metric"):
             facts["predicted_error"] = facts["rope_error"] + low_rank.lost / variance
-        weights, spec = layer_weights(reader, index), reader.spec.layers[index]
-        return closed_form.latent_tensors(weights, spec, found.rope, low_rank), facts
+        weights, spec = layer_weights(reader, index), reader.spec.layers[index].absorbed
+        tensors = closed_form.latent_tensors(weights, spec, found.rope, low_rank)
+        return own_heads(tensors, weights, self.plan.layers[index]), facts

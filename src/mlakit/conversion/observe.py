@@ -52,6 +52,11 @@ class Statistics:
         return (self.distances.to(waves) @ waves).unflatten(1, turns.shape)
 
 
+def turn_factor(frequencies: torch.Tensor, factor: float) -> torch.Tensor:
+    """What cos and sin of these frequencies are multiplied with: only what turns is."""
+    return torch.where(frequencies == 0, 1.0, factor).to(frequencies)
+
+
 class Observer:
     """Sees the attention module of a layer at work and sums up.
 
@@ -137,7 +142,7 @@ class Observer:
         if normed is None:
             query = torch.einsum("tx,hdx->htd", hidden, self.projections[0])
         else:
-            query = normed.queries(hidden[:, :-1])
+            query = normed.queries(hidden[:, :-1]) @ self.projections[0][..., :-1].mT
         key, value = (torch.einsum("tx,hdx->htd", x, part) for part in self.projections[1:])
         repeats = len(query) // len(key)
         key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
@@ -173,7 +178,8 @@ class Observer:
         """Attention ``[H, T, T]`` and the slope of its logits where they are soft-capped."""
         length = query.shape[1]
         angles = torch.arange(length, device=query.device)[:, None] * self.frequencies.float()
-        turn = torch.polar(torch.full_like(angles, self.factor), angles)
+        factor = turn_factor(self.frequencies, self.factor).float()
+        turn = torch.polar(factor.expand_as(angles), angles)
 
         def rotate(part: torch.Tensor) -> torch.Tensor:
             turned = torch.complex(*part.chunk(2, -1)) * turn

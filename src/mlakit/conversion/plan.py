@@ -196,7 +196,10 @@ def make_plan(
         tensors=tensors,
         source_cache_bytes=itemsize * sum(layer.cache_width for layer in model.layers),
         mha_cache_bytes=itemsize
-        * sum(2 * layer.num_attention_heads * layer.head_dim for layer in model.layers),
+        * sum(
+            layer.num_attention_heads * (layer.head_dim + layer.value_dim)
+            for layer in model.layers
+        ),
         cache_bytes=_itemsize(checkpoint, model, dtype)
         * sum(layer.cache_width for layer in layers),
         estimate=Estimate(0, 0, 0.0),
@@ -297,8 +300,9 @@ def kept_tensors(layer: AttentionSpec, goal: Goal) -> frozenset[str]:
     if goal.steps:
         return frozenset()
     kept = {"o_proj.weight"} if goal.has("means") else {"o_proj.weight", "o_proj.bias"}
-    if layer.mla_form != "compress" or layer.qk_norm:
-        kept |= {"q_proj.weight", "q_proj.bias"}
+    if layer.mla_form != "compress" or layer.indirect:
+        kept |= {"q_proj.weight", "q_proj.bias", "q_a_proj.weight", "q_a_proj.bias"}
+        kept |= {"q_a_layernorm.weight", "q_b_proj.weight"}
     if layer.qk_norm:
         kept |= {"k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"}
         kept |= {"q_norm.weight", "k_norm.weight"}

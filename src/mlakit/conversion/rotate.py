@@ -157,6 +157,8 @@ def keep_rope(
     energy, axes = torch.linalg.eigh(weighted)
     energy, axes = energy.flatten(), axes.mT.flatten(0, 1)  # [d/2 G], [d/2 G, G]
     if slots is None or avoided is None:
+        still = (frequencies == 0).repeat_interleave(groups)  # only when nothing else is left
+        energy = energy - still * (1 + energy.max())
         chosen = energy.argsort(descending=True, stable=True)[:count].sort().values
         turns = frequencies[chosen // groups]
     else:

@@ -189,7 +189,7 @@ class LayerReader:
         )
         if spec.rope is None:
             found = torch.zeros_like(found)
-        padded = nn.functional.pad(found.double(), (0, spec.head_dim // 2 - len(found)))
+        padded = nn.functional.pad(found.double(), (0, spec.absorbed.head_dim // 2 - len(found)))
         return padded.to(self.device), float(getattr(rotary, "attention_scaling", 1.0))
 
     @cached_property

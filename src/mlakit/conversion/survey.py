@@ -165,7 +165,7 @@ class Survey:
 
     def _axes(self, layer: Layer, rope: Rope) -> Axes:
         weights, has = layer.weights, self.goal.has
-        spec = self.reader.spec.layers[layer.index]
+        spec = self.reader.spec.layers[layer.index].absorbed
         keys, seen = closed_form.unrotated_keys(weights, rope.kept), layer.statistics
         moment = seen.attended if has("tokens") else seen.inputs
         if has("metric"):
@@ -176,7 +176,7 @@ class Survey:
         else:
             rope_dim, groups = len(rope.kept.frequencies) * 2, len(weights.k)
             metric = closed_form.balance_metric(keys, weights.values, moment, rope_dim, groups)
-        bias = spec.kv_bias and not spec.qk_norm
+        bias = spec.kv_bias and weights.normed is None
         return closed_form.output_axes(
             keys, weights.values, moment, metric, centred=has("means"), bias=bias
         )
@@ -205,7 +205,7 @@ class Survey:
         """Runs a layer on its stored inputs, and stores the next layer's."""
         weights = layer_weights(self.reader, index)
         frequencies, factor = self.reader.frequencies(index)
-        spec = self.reader.spec.layers[index]
+        spec = self.reader.spec.layers[index].absorbed
         metric = None if self.sensitivity is None else self.sensitivity.matrix(index)
         observer = Observer(weights, spec, frequencies, factor, self.fitted, metric)
         model = self.reader.layer(index)

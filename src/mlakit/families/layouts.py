@@ -24,10 +24,14 @@ class Layout:
     Attributes:
         fused: q, k and v are one projection, ``qkv_proj``, in this order.
         interleaved: dimensions 2j and 2j + 1 turn together, instead of halves.
+        latent: attention is latent already. Queries and what is cached are made as before, so the
+            projection to the cached row becomes ``kv_proj`` and ``kv_norm`` of the standard
+            layer; nothing is reordered in it.
     """
 
     fused: bool = False
     interleaved: bool = False
+    latent: bool = False
 
     def stored_shapes(self, spec: AttentionSpec) -> dict[str, tuple[int, ...]]:
         """The layer's tensors as they lie on disk, named below ``self_attn.``."""
@@ -44,6 +48,8 @@ class Layout:
     def unchanged(self, spec: AttentionSpec) -> set[str]:
         """The stored tensors that the standard layer has too, under the same name, bit for bit."""
         same = set(self.stored_shapes(spec)) & set(spec.tensor_shapes())
+        if self.latent:
+            return {name for name in same if not name.startswith("kv_")}
         return same if self.order(spec) is None else same - REORDERED
 
     def standard(self, tensors: Mapping[str, Any], spec: AttentionSpec) -> dict[str, Any]:
@@ -54,6 +60,8 @@ class Layout:
             spec: the layer.
         """
         found = dict(tensors)
+        if self.latent:
+            return {_renamed(name): tensor for name, tensor in found.items()}
         if self.fused:
             sizes = {name: spec.tensor_shapes()[f"{name}.weight"][0] for name in FUSED}
             for kind in KINDS & {name.removeprefix("qkv_proj.") for name in found}:
@@ -72,15 +80,27 @@ class Layout:
         return found
 
     def order(self, spec: AttentionSpec) -> list[int] | None:
-        """For each dimension of a standard head the stored one; None where they are the same."""
+        """For each dimension of a standard head the stored one; None where they are the same.
+
+        Of a cached row (``AttentionSpec.absorbed``) it is the last dimensions that turn.
+        """
         dim, turning = spec.head_dim, spec.rope.dim if spec.rope else 0
-        pairs, still = turning // 2, list(range(turning, dim))
-        first, second = list(range(pairs)), list(range(pairs, turning))
+        stored = list(range(dim))
+        if self.latent:
+            stored = stored[dim - turning :] + stored[: dim - turning]
+        turns, still = stored[:turning], stored[turning:]
+        first, second = turns[: turning // 2], turns[turning // 2 :]
         if self.interleaved:
-            first, second = list(range(0, turning, 2)), list(range(1, turning, 2))
+            first, second = turns[::2], turns[1::2]
         half = len(still) // 2
         order = first + still[:half] + second + still[half:]
         return None if order == list(range(dim)) else order
+
+
+def _renamed(name: str) -> str:
+    module, kind = name.rsplit(".", 1)
+    names = {"kv_a_proj_with_mqa": "kv_proj", "kv_a_layernorm": "kv_norm"}
+    return f"{names.get(module, module)}.{kind}"
 
 
 KINDS = {"weight", "bias"}

@@ -137,10 +137,14 @@ def _check_rope(spec: ModelSpec) -> None:
         raise _refusal("rope_parameters", "layers with different rotary embeddings")
     for rope in ropes:
         if rope is not None:
-            _check_schedule(rope, spec.layers[0].head_dim, family)
+            _check_schedule(rope, spec.layers[0], family)
+    for layer in spec.layers:
+        if layer.absorbed.head_dim % 2:
+            raise _refusal("head_dim", f"{layer.absorbed.head_dim} dimensions are no pairs")
 
 
-def _check_schedule(rope: RopeSpec, head_dim: int, family: Family) -> None:
+def _check_schedule(rope: RopeSpec, layer: AttentionSpec, family: Family) -> None:
+    head_dim = layer.qk_rope_head_dim or layer.head_dim
     if rope.rope_type not in STATIC_ROPE:
         raise _refusal(
             f"rope_type {rope.rope_type!r}",
@@ -153,12 +157,6 @@ def _check_schedule(rope: RopeSpec, head_dim: int, family: Family) -> None:
             "partial_rotary_factor",
             f"only {rope.dim} of {head_dim} dimensions of a head are rotated, which transformers'"
             f" {family.name} does not do",
-        )
-    if rope.attention_factor != 1.0:
-        raise _refusal(
-            "rope_parameters.attention_factor",
-            f"YaRN scales the rotated dimensions by {rope.attention_factor:.4g}, and a part that"
-            " is no longer rotated would lose that factor",
         )
 
 

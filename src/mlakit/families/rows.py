@@ -133,6 +133,10 @@ def _one_expert_layer(config: Config, layer: int) -> dict[str, Any]:
     return {"mlp_only_layers": [0] if dense else [], "decoder_sparse_step": 1}
 
 
+def _one_dense_or_expert_layer(config: Config, layer: int) -> dict[str, Any]:
+    return {"first_k_dense_replace": int(layer < config["first_k_dense_replace"])}
+
+
 QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 QWEN_EXPERTS = {"decoder_sparse_step": 1, "max_position_embeddings": 32768}
 SANDWICH = (
@@ -368,7 +372,8 @@ ROWS = (
         readers.deepseek,
         readers.deepseek_experts,
         defaults={"q_lora_rank": 1536, "first_k_dense_replace": 0},
-        obstacle="its attention is latent (kv_lora_rank) already",
+        single=_one_dense_or_expert_layer,
+        layout=Layout(interleaved=True, latent=True),
     ),
     Family(
         "deepseek_v3",
@@ -376,7 +381,8 @@ ROWS = (
         readers.deepseek,
         readers.deepseek_experts,
         defaults={"q_lora_rank": 1536, "first_k_dense_replace": 3},
-        obstacle="its attention is latent (kv_lora_rank) already",
+        single=_one_dense_or_expert_layer,
+        layout=Layout(interleaved=True, latent=True),
     ),
 )
 

@@ -25,7 +25,7 @@ class LatentConfig:
         qk_rope_head_dim: R.
         qk_nope_head_dim: N.
         v_head_dim: V.
-        q_lora_rank: always None so far.
+        q_lora_rank: rank of the queries of a source that was latent already; else None.
         rope_blocks: the rotary schedule has R / rope_blocks dims and is repeated this often.
         rope_inv_freq: the R/2 rotary frequencies of each layer where they are its own; None for
             the schedule of ``rope_parameters``.
@@ -34,6 +34,9 @@ class LatentConfig:
             ``projection``; the latent is then made of ``[k_norm(k_proj x) | v_proj x]``.
         source_kv_heads: G of the source; with QK-norm k_proj and v_proj still have that many heads.
         source_head_dim: d of the source.
+        source_kv_lora_rank: C of a source that was latent already. Its projections to queries and
+            to the row it cached stay, and the new latent is made of ``[kv_norm(c) | k_rope]``.
+        source_qk_rope_head_dim: R of that source.
         q_bias: q_proj has a bias.
         kv_a_bias: kv_a_proj_with_mqa has a bias; with QK-norm k_proj and v_proj instead.
         o_bias: o_proj has a bias.
@@ -68,6 +71,8 @@ class LatentConfig:
     qk_norm: QKNorm | None = None
     source_kv_heads: int | None = None
     source_head_dim: int | None = None
+    source_kv_lora_rank: int | None = None
+    source_qk_rope_head_dim: int | None = None
     q_bias: bool = False
     kv_a_bias: bool = False
     o_bias: bool = False
@@ -91,8 +96,11 @@ class LatentConfig:
         if self.cache_format not in (None, *QUANTISED_ROWS):
             known = ", ".join(QUANTISED_ROWS)
             raise ValueError(f"cache_format is {self.cache_format!r}; known are {known}")
-        if self.q_lora_rank is not None:
+        latent = self.source_kv_lora_rank is not None
+        if self.q_lora_rank is not None and not latent:
             raise ValueError(f"q_lora_rank is {self.q_lora_rank}: low-rank queries are unknown")
+        if latent and (self.mla_form != "compress" or not self.source_qk_rope_head_dim):
+            raise ValueError("source_kv_lora_rank calls for compress and source_qk_rope_head_dim")
         if self.qk_rope_head_dim % (2 * self.rope_blocks):
             raise ValueError(
                 f"qk_rope_head_dim {self.qk_rope_head_dim} is not {self.rope_blocks} "
@@ -105,8 +113,10 @@ class LatentConfig:
                     f"rope_inv_freq must give {self.num_hidden_layers} layers"
                     f" {self.qk_rope_head_dim // 2} frequencies each, in one block"
                 )
-        if self.qk_norm and not (self.source_kv_heads and self.source_head_dim):
-            raise ValueError("qk_norm calls for source_kv_heads and source_head_dim")
+        if self.indirect and not (self.source_kv_heads and self.source_head_dim):
+            raise ValueError(
+                "qk_norm and source_kv_lora_rank call for source_kv_heads and source_head_dim"
+            )
         if self.mla_form == "equal-cache" and self.qk_nope_head_dim:
             raise ValueError("the equal-cache form has qk_nope_head_dim 0")
         if self.mla_form == "article" and self.kv_lora_rank % 2:
@@ -125,9 +135,14 @@ class LatentConfig:
         super(LatentConfig, self.rope_schedule()).validate_rope()  # type: ignore[misc]
 
     @property
+    def indirect(self) -> bool:
+        """Whether the latent is linear in something else than the layer's input."""
+        return bool(self.qk_norm or self.source_kv_lora_rank)
+
+    @property
     def query_dim(self) -> int:
         """Size of one projected query head."""
-        if self.qk_norm and self.source_head_dim:
+        if self.indirect and self.source_head_dim:
             return self.source_head_dim
         if self.mla_form == "compress":
             return self.qk_nope_head_dim + self.qk_rope_head_dim

@@ -52,13 +52,39 @@ class MLAttention(nn.Module):
         self.is_causal = True
         self.num_key_value_groups = 1
         heads, hidden = config.num_attention_heads, config.hidden_size
-        self.q_proj = nn.Linear(hidden, heads * config.query_dim, bias=config.q_bias)
-        self.qk_norm = config.qk_norm
-        inputs = self.add_normed_heads(config, norm) if self.qk_norm else hidden
-        bias = config.kv_a_bias and not self.qk_norm
+        self.qk_norm, self.source_rank = config.qk_norm, config.source_kv_lora_rank
+        self.add_queries(config, norm)
+        inputs = hidden
+        if self.qk_norm:
+            inputs = self.add_normed_heads(config, norm)
+        elif self.source_rank:
+            inputs = self.add_source_latent(config, norm)
+        bias = config.kv_a_bias and not config.indirect
         self.kv_a_proj_with_mqa = nn.Linear(inputs, config.head_dim, bias=bias)
         self.add_up_projections(config)
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
+
+    def add_queries(self, config: LatentConfig, norm: type[nn.Module]) -> None:
+        """The projection to queries, in two steps where the source's was."""
+        width, rank = config.num_attention_heads * config.query_dim, config.q_lora_rank
+        if rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, width, bias=config.q_bias)
+            return
+        self.q_a_proj = nn.Linear(config.hidden_size, rank, bias=config.q_bias)
+        self.q_a_layernorm = norm(rank)
+        self.q_b_proj = nn.Linear(rank, width, bias=False)
+
+    def add_source_latent(self, config: LatentConfig, norm: type[nn.Module]) -> int:
+        """The row that a latent source cached, before its rotation.
+
+        Returns:
+            How many numbers it has.
+        """
+        rank = config.source_kv_lora_rank or 0
+        width = rank + (config.source_qk_rope_head_dim or 0)
+        self.kv_proj = nn.Linear(config.hidden_size, width, bias=config.kv_a_bias)
+        self.kv_norm = norm(rank)
+        return width
 
     def add_normed_heads(self, config: LatentConfig, norm: type[nn.Module]) -> int:
         """The source's keys and values, which the latent is made of where keys are normed.
@@ -81,7 +107,7 @@ class MLAttention(nn.Module):
         self.kv_a_layernorm = LatentNorm(self.kv_lora_rank, config.latent_norm_eps)
         heads, width = config.num_attention_heads, self.qk_nope_head_dim + self.v_head_dim
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * width, bias=False)
-        if self.qk_norm or config.mla_form == "equal-cache":
+        if config.indirect or config.mla_form == "equal-cache":
             width = self.qk_nope_head_dim + self.qk_rope_head_dim
             self.q_up_proj = HeadProjection(heads, width, config.query_dim)
 
@@ -94,11 +120,19 @@ class MLAttention(nn.Module):
 
     def project_query(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, S, D]`` to the nope and rope parts of all heads, ``[B, H, S, N]`` and ``R``."""
-        q = self.split_heads(self.q_proj(hidden_states), "q_norm")
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(hidden_states)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        q = self.split_heads(q, "q_norm")
         return self.split_query(q.transpose(1, 2))
 
     def latent_inputs(self, hidden_states: Tensor) -> Tensor:
-        """What the latent is linear in: x, or ``[k_norm(k) | v]``."""
+        """What the latent is linear in: x, ``[k_norm(k) | v]`` or ``[kv_norm(c) | k_rope]``."""
+        if self.source_rank:
+            row = self.kv_proj(hidden_states)
+            latent = self.kv_norm(row[..., : self.source_rank])
+            return torch.cat((latent, row[..., self.source_rank :]), dim=-1)
         if not self.qk_norm:
             return hidden_states
         key = self.split_heads(self.k_proj(hidden_states), "k_norm").flatten(-2)
@@ -106,7 +140,7 @@ class MLAttention(nn.Module):
 
     def split_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Queries as projected to their nope and rope parts."""
-        if self.qk_norm:
+        if self.config.indirect:
             q = self.q_up_proj(q)
         nope, rope = torch.split(q, [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return nope, rope

@@ -119,7 +119,9 @@ class LatentDecoder(PreTrainedModel):
     _supports_flex_attn = False
 
     def __init__(self, config: LatentConfig) -> None:
-        super().__init__(config)  # type: ignore[arg-type]
+        # What the family builds from these is replaced, but not every width makes rotary pairs.
+        super().__init__(config.rope_schedule())  # type: ignore[arg-type]
+        self.config = config
         install_latent_attention(self)
 
     def _init_weights(self, module: nn.Module) -> None:

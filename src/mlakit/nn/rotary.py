@@ -42,7 +42,8 @@ class LatentRotaryEmbedding(nn.Module):
             frequencies = frequencies[:, None, None]
         angles = position_ids[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
-        scale = self.attention_scaling
+        scale = torch.where(frequencies == 0, 1.0, self.attention_scaling)  # of what turns
+        scale = torch.cat((scale, scale), dim=-1)
         return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
 
 
@@ -66,7 +67,9 @@ def inverse_frequencies(config: LatentConfig) -> tuple[Tensor, float]:
 def _inverse_frequencies(config: LatentConfig) -> tuple[Tensor, float]:
     if config.rope_inv_freq is not None:
         table = torch.tensor(list(dict.fromkeys(_keys(config))), dtype=torch.float32)
-        return (table if len(table) > 1 else table[0]), 1.0
+        types = [config.layer_rope(layer) for layer in range(config.num_hidden_layers)]
+        scaling = next((_schedule(config, kind)[1] for rotated, kind in types if rotated), 1.0)
+        return (table if len(table) > 1 else table[0]), scaling
     rows, scaling = [], 1.0
     half = config.qk_rope_head_dim // config.rope_blocks // 2
     layers = range(config.num_hidden_layers)
