@@ -184,15 +184,9 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
         rope_dim = turning if turning in choices or sizes is None else choices[-1]
     _check_rope_dim(rope or RopeSpec(1.0, turning), rope_dim, choices)
     if goal.method == "transmla":
-        if rope is not None and rope.attention_factor != 1.0:
-            raise UsageError(
-                f"--method transmla: YaRN scales what turns by {rope.attention_factor:.4g}, which"
-                " the published method loses where it drops a rotation",
-                remedy="use --method mlakit, which keeps it",
-            )
         _check_freqfold(turning, rope_dim, goal.freqfold)
     if sizes is None:
-        rank = _rank(2 * groups * dim, choices, rope_dim, goal)
+        rank = _rank(source, choices, rope_dim, goal)
     else:
         rank = _engine_rank(source, choices, rope_dim, sizes, goal)
     return replace(
@@ -229,7 +223,7 @@ def _smaller_latent(source: AttentionSpec, goal: Goal) -> AttentionSpec:
         source_kv_heads=source.num_key_value_heads,
         source_kv_lora_rank=source.kv_lora_rank,
         source_qk_rope_head_dim=turning,
-        kv_lora_rank=_rank(source.cache_width, choices, rope_dim, goal),
+        kv_lora_rank=_rank(source, choices, rope_dim, goal),
         qk_nope_head_dim=nope if rope_dim == turning else source.head_dim,
         qk_rope_head_dim=rope_dim,
         rope=source.rope and _narrowed(source.rope, rope_dim),
@@ -303,7 +297,7 @@ def _engine_rank(
     full, ratio = source.cache_width, goal.cache_ratio
     taken = [rank for rank, rope in sizes if rope == rope_dim]
     if ratio is not None and not 0 < ratio <= 1:
-        return _rank(full, choices, rope_dim, goal)  # refuses
+        return _rank(source, choices, rope_dim, goal)  # refuses
     wanted = goal.kv_lora_rank
     if wanted is None:
         wanted = math.floor((ratio or 0.0) * full + 1e-9) - rope_dim
@@ -372,16 +366,18 @@ def _check_freqfold(dim: int, rope_dim: int, freqfold: int | Literal["auto"]) ->
     )
 
 
-def _rank(full: int, choices: list[int], rope_dim: int, goal: Goal) -> int:
-    """C; ``full`` is what the source caches per token, ``2 G d`` numbers."""
-    highest = full - rope_dim
+def _rank(source: AttentionSpec, choices: list[int], rope_dim: int, goal: Goal) -> int:
+    """C, at most what the source caches per token without R."""
+    full = source.cache_width
+    highest, exact = full - rope_dim, source.kv_lora_rank is None
     if goal.kv_lora_rank is not None:
         if not 1 <= goal.kv_lora_rank <= highest:
             raise UsageError(
                 f"--kv-lora-rank {goal.kv_lora_rank} is not between 1 and {highest}: the source"
                 f" caches {full} numbers per token and layer, {rope_dim} of them stay rotated",
                 remedy=f"the nearest are --kv-lora-rank {highest if goal.kv_lora_rank > 1 else 1}"
-                " and --equal-cache (exact, the source's own bytes)",
+                " and "
+                + ("--equal-cache (exact, the source's own bytes)" if exact else "--cache-ratio 1"),
             )
         return goal.kv_lora_rank
     ratio = goal.cache_ratio or 0.0
@@ -389,7 +385,8 @@ def _rank(full: int, choices: list[int], rope_dim: int, goal: Goal) -> int:
         raise UsageError(
             f"--cache-ratio {ratio:g} is not between 0 and 1: it is the share of the source's own"
             " cache that is kept",
-            remedy="the nearest are --cache-ratio 1 and --equal-cache (exact, the same bytes)"
+            remedy="the nearest are --cache-ratio 1 and "
+            + ("--equal-cache (exact, the same bytes)" if exact else "the source as it is")
             if ratio > 1
             else f"the smallest with {rope_dim} rotary dimensions is --cache-ratio"
             f" {_ratio(rope_dim + 1, full)}",

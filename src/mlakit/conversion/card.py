@@ -34,6 +34,8 @@ def converted_config(
     target, old = plan.target, plan.source_layer
     own = [layer.get("frequencies") for layer in plan.measured.get("layers", [])]
     config = {key: value for key, value in source.items() if key not in DROPPED_KEYS}
+    if "num_nextn_predict_layers" in config:
+        config["num_nextn_predict_layers"] = 0
     return config | {
         "architectures": [f"MLA{FAMILIES[model.family].classes}ForCausalLM"],
         "model_type": f"mla_{model.family}",

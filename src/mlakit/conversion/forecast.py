@@ -114,23 +114,25 @@ def forecast_warnings(plan: ConversionPlan, model: ModelSpec) -> tuple[str, ...]
         found.append("the source is plain multi-head attention: its own cache is that of MHA")
     if not plan.goal.equal_cache:
         rank, rope = target.kv_lora_rank or 0, target.qk_rope_head_dim or 0
-        if rank + rope == full:
+        if rank + rope == full and source.kv_lora_rank is None:
             found.append(
                 "full rank saves no cache and still drops most of the rotation;"
                 " --equal-cache keeps the same bytes and is exact"
             )
-        if rank > source.hidden_size + 1:
+        if source.kv_lora_rank is None and rank > source.hidden_size + 1:
             found.append(
                 f"rank {rank} is above the hidden size {source.hidden_size}: the latent cannot"
                 " hold more than its input"
             )
         if rank % 16:
             found.append(f"rank {rank} is no multiple of 16; multiples of 16 decode fastest")
-        if source.num_key_value_heads * source.head_dim <= 256:
+        if full <= 512 and source.kv_lora_rank is None:
             found.append(
                 f"the source caches only {full} numbers per token and layer: a small model has"
                 " little to gain"
             )
+    if model.config.get("num_nextn_predict_layers"):
+        found.append("num_nextn_predict_layers: layers that predict further tokens are left out")
     if any(layer.sliding_window for layer in model.layers):
         found.append("sliding-window layers: latents older than the window stay in the cache")
     return tuple(found)

@@ -19,7 +19,7 @@ from mlakit.conversion.forecast import Estimate, forecast_cost, forecast_warning
 from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.engines.targets import TARGETS, adaptations, require_expressible
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
-from mlakit.families import FAMILIES, convertible
+from mlakit.families import FAMILIES, beyond_last_layer, convertible
 from mlakit.spec import AttentionSpec, ModelSpec
 
 Progress = Callable[[str, int, int], None]
@@ -174,6 +174,7 @@ def make_plan(
             remedy="use --form absorbed, which is as exact",
         )
     require_expressible(goal.engine, model, goal.method)
+    _check_method(model, goal)
     layers = tuple(target_layer(layer, goal) for layer in model.layers)
     texts = None
     if not goal.equal_cache:
@@ -222,6 +223,16 @@ def _engine_warnings(plan: ConversionPlan, model: ModelSpec) -> list[str]:
             " --dtype bfloat16"
         )
     return [sentence for sentence in found if sentence]
+
+
+def _check_method(model: ModelSpec, goal: Goal) -> None:
+    factors = {layer.rope.attention_factor for layer in model.layers if layer.rope} - {1.0}
+    if factors and not goal.equal_cache and goal.method == "transmla":
+        raise UsageError(
+            f"--method transmla: YaRN multiplies what turns with {factors.pop():.4g}, which the"
+            " published method loses where it drops a rotation",
+            remedy="use --method mlakit, which keeps it",
+        )
 
 
 def _name(source: str | Path) -> str:
@@ -290,7 +301,7 @@ def _tensors(
                 plan_copy(name, index + 1)
                 taken.add(name)
     for name in checkpoint.names:
-        if name not in taken and "rotary_emb" not in name:
+        if name not in taken and "rotary_emb" not in name and not beyond_last_layer(model, name):
             plan_copy(name, last)
     return tuple(planned.values())
 

@@ -93,7 +93,11 @@ class Target:
         llama3's scaling becomes the plain schedule, whose base is then chosen on held-out text: its
         fast frequencies are untouched, and those are what a few rotary dimensions are spent on.
         """
-        if self.rope_types is None or rope.rope_type in self.rope_types:
+        if self.rope_types is None:
+            return rope
+        if rope.attention_factor != 1.0:
+            return None  # YaRN's factors are spelled in as many ways as there are engines
+        if rope.rope_type in self.rope_types:
             return rope
         if rope.rope_type == "llama3":
             kept = {k: v for k, v in rope.parameters.items() if k == "partial_rotary_factor"}
@@ -110,6 +114,8 @@ class Target:
             "it has no sliding windows": not self.window and _any(layers, "sliding_window"),
             "it does not soft-cap scores": not self.softcap and _any(layers, "logit_softcap"),
             "it has no norms on queries and keys": not self.qk_norm and _any(layers, "qk_norm"),
+            "its latent is not made of another": self.name != "mlakit"
+            and _any(layers, "kv_lora_rank"),
             "its queries have no bias": not self.q_bias and _any(layers, "q_bias"),
             "what it caches has no bias": not self.latent_bias and _any(layers, "kv_bias"),
             "its output projection has no bias": not self.o_bias and _any(layers, "o_bias"),

@@ -177,12 +177,26 @@ def _check_tensors(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> No
                 remedy="check that config.json belongs to these weights",
             )
     for name in shapes:
-        if ".self_attn." in name and name not in expected and "rotary_emb" not in name:
+        if name in expected or "rotary_emb" in name or beyond_last_layer(spec, name):
+            continue
+        if ".self_attn." in name:
             raise UnsupportedModelError(
                 f"{name} is in the checkpoint, but {spec.family} attention as config.json"
                 " describes it has no such tensor, so it would be lost",
                 remedy="check that config.json belongs to these weights",
             )
+
+
+def beyond_last_layer(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor is of the layers that predict further tokens, which no class here reads."""
+    if not spec.config.get("num_nextn_predict_layers"):
+        return False
+    parts = name.split(".")
+    return (
+        parts[:2] == ["model", "layers"]
+        and parts[2].isdigit()
+        and int(parts[2]) >= spec.num_hidden_layers
+    )
 
 
 def _refusal(key: str, reason: str, remedy: str = "") -> UnsupportedModelError:

@@ -25,6 +25,7 @@ GLOSSARY = {
     "C": "rank of the latent that keys and values are rebuilt from",
     "Q": "rank of the query latent",
     "V": "size of a value head",
+    "Z": "what a source that was latent already cached: its C + R",
     "P": "tokens per cache page",
 }
 

@@ -119,9 +119,10 @@ class LatentDecoder(PreTrainedModel):
     _supports_flex_attn = False
 
     def __init__(self, config: LatentConfig) -> None:
-        # What the family builds from these is replaced, but not every width makes rotary pairs.
-        super().__init__(config.rope_schedule())  # type: ignore[arg-type]
-        self.config = config
+        # The rotary embedding that the family builds is replaced, but an odd width would stop it.
+        width, config.head_dim = config.head_dim, config.rope_schedule().head_dim
+        super().__init__(config)  # type: ignore[arg-type]
+        config.head_dim = width
         install_latent_attention(self)
 
     def _init_weights(self, module: nn.Module) -> None:

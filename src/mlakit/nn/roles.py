@@ -16,6 +16,7 @@ PROJECTIONS: dict[str, tuple[int | None, str, str, str]] = {
     "v_proj": (1, "V = x W_V", "V", "G·d"),
     "q_a_proj": (1, "c_q = x W_DQ", "c_q", "Q"),
     "q_b_proj": (1, "Q = c_q W_UQ", "Q", "H·d"),
+    "kv_proj": (1, "z = x W_Z, what the source cached", "z", "Z"),
     "kv_a_proj_with_mqa": (1, "c_kv ‖ k_rope = x [W_DKV W_KR]", "c_kv ‖ k_rope", "C+R"),
     "kv_b_proj": (None, "k_nope ‖ V = c_kv [W_UK W_UV]", "k_nope ‖ V", "G·(N+V)"),
     "k_b_proj": (None, "K = c_k W_UK", "K", "G·R"),
@@ -116,6 +117,9 @@ def sizes_of(layer: nn.Module, hidden: Tensor) -> dict[str, int]:
     }
     if latent["C"]:
         sizes |= {letter: size for letter, size in latent.items() if size is not None}
+    row: Any = layer._modules.get("kv_proj")
+    if row is not None:
+        sizes["Z"] = row.out_features
     projection: Any = layer._modules.get("q_proj") or layer._modules.get("q_b_proj")
     head = projection.out_features // H
     if head != sizes.get("N", 0) + sizes.get("R", 0):
@@ -134,6 +138,8 @@ def projection_of(
         number, row, name, letter = WITHOUT_ROPE
     if child == "kv_a_proj_with_mqa" and "k_norm" in layer._modules:
         row = row.replace("= x", "= [K ‖ V]")
+    if child == "kv_a_proj_with_mqa" and "kv_proj" in layer._modules:
+        row = row.replace("= x", "= z")
     if child in ("k_proj", "v_proj") and "C" in sizes:
         return number, row, name, letter  # G of the source: the latent serves all heads
     if "d" not in sizes:
