@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from converted import EXACT, IDS, check_saved, logits, relative_error
 from mlakit.checkpoint import open_checkpoint
 from mlakit.conversion.apply import convert
 from mlakit.errors import UnsupportedModelError
@@ -18,7 +19,6 @@ from mlakit.families import FAMILIES, read_model
 from mlakit.inspection import inspect
 from mlakit.nn.hf import load
 from mlakit.nn.trace import trace_model
-from converted import EXACT, IDS, check_saved, logits, relative_error
 from tiny_models import TEXT, save_tiny
 
 LLAMA3 = {
@@ -76,6 +76,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "transmla": {"method": "transmla", "freqfold": 1},
     "mlakit": {"method": "mlakit"},
 }
+
 
 def save(folder: Path, case: str, **changes: Any) -> Path:
     options = {"pad_token_id": None, "max_position_embeddings": 256, **CASES[case], **changes}

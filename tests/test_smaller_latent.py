@@ -128,7 +128,7 @@ def test_trace_inspect_and_a_second_conversion(text: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "options,words",
     [
-        ({"equal_cache": True}, ["--equal-cache", "latent already", "28"]),
+        ({"equal_cache": True}, ["--equal-cache", "latent already"]),
         ({"cache_ratio": 0.5, "method": "transmla"}, ["transmla", "latent"]),
         ({"cache_ratio": 0.5, "qk_rope_head_dim": 10}, ["--qk-rope-head-dim 10", "8"]),
         ({"kv_lora_rank": 21}, ["--kv-lora-rank 21", "20"]),
@@ -167,5 +167,5 @@ def test_layers_of_another_head_are_left_out(text: Path, tmp_path: Path) -> None
     assert any("num_nextn_predict_layers" in warning for warning in plan.warnings)
     assert relative_error(logits(load(tmp_path / "out")), logits(load(source))) < 4 * EXACT
     (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
-    with pytest.raises(MlakitError, match="layers.2"):
+    with pytest.raises(MlakitError, match=r"layers\.2"):
         convert(source, tmp_path / "none", cache_ratio=1.0, calibration=text)

@@ -51,6 +51,14 @@ class AttentionWeights:
         """What keys and values are linear in, for inputs ``[..., D]`` of the layer."""
         return hidden if self.normed is None else self.normed.inputs(hidden)
 
+    def queries(self, hidden: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        """Queries ``[H, T, d]`` for inputs ``[T, D]``; ``q`` is this layer's in their dtype."""
+        if self.normed is not None:
+            return self.normed.queries(hidden) @ q[..., :-1].mT
+        return torch.einsum(
+            "tx,hdx->htd", torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), q
+        )
+
     @property
     def keys(self) -> torch.Tensor:
         """All keys as one projection ``[G d, D+1]``."""

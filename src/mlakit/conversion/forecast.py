@@ -61,7 +61,8 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
         for spec in (source, plan.target)
         for shape in spec.tensor_shapes().values()
     )
-    keys, heads = source.num_key_value_heads * source.head_dim, source.num_attention_heads
+    view, heads = source.absorbed, source.num_attention_heads
+    keys = view.num_key_value_heads * view.head_dim
     memory = 4 * layer_size + 16 * attention + 8 * (2 * keys) ** 2 * 4
     last = sum(tensor.nbytes for tensor in plan.tensors if tensor.shard == plan.shards)
     disk = plan.nbytes
@@ -78,7 +79,7 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
             passes += len(folds) / HELD_OUT
         if plan.goal.method == "mlakit":
             passes = (1 if plan.goal.has("frequencies") else 2) + 2 / HELD_OUT
-            memory += 8 * (3 * plan.calibration.window**2 + 4 * source.head_dim**2) * heads
+            memory += 8 * (3 * plan.calibration.window**2 + 4 * view.head_dim**2) * heads
             memory += 2 * 4 * tokens // HELD_OUT * hidden
             disk += 8 * 2 * keys * (2 * keys + hidden) * len(plan.layers)
         if plan.goal.has("downstream") or (plan.goal.steps and plan.goal.weighs_predictions):
@@ -131,8 +132,6 @@ def forecast_warnings(plan: ConversionPlan, model: ModelSpec) -> tuple[str, ...]
                 f"the source caches only {full} numbers per token and layer: a small model has"
                 " little to gain"
             )
-    if model.config.get("num_nextn_predict_layers"):
-        found.append("num_nextn_predict_layers: layers that predict further tokens are left out")
     if any(layer.sliding_window for layer in model.layers):
         found.append("sliding-window layers: latents older than the window stay in the cache")
     return tuple(found)

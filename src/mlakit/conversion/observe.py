@@ -136,13 +136,8 @@ class Observer:
         Products of one window are float32, as their factors are; their sums are float64.
         """
         ones = x.new_ones(len(x), 1)
-        normed = self.weights.normed
-        hidden = torch.cat([x, ones], 1)
+        query = self.weights.queries(x, self.projections[0])
         x = torch.cat([self.weights.inputs(x), ones], 1)
-        if normed is None:
-            query = torch.einsum("tx,hdx->htd", hidden, self.projections[0])
-        else:
-            query = normed.queries(hidden[:, :-1]) @ self.projections[0][..., :-1].mT
         key, value = (torch.einsum("tx,hdx->htd", x, part) for part in self.projections[1:])
         repeats = len(query) // len(key)
         key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)

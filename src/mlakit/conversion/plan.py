@@ -198,8 +198,7 @@ def make_plan(
         source_cache_bytes=itemsize * sum(layer.cache_width for layer in model.layers),
         mha_cache_bytes=itemsize
         * sum(
-            layer.num_attention_heads * (layer.head_dim + layer.value_dim)
-            for layer in model.layers
+            layer.num_attention_heads * (layer.head_dim + layer.value_dim) for layer in model.layers
         ),
         cache_bytes=_itemsize(checkpoint, model, dtype)
         * sum(layer.cache_width for layer in layers),
@@ -210,7 +209,14 @@ def make_plan(
     if texts is not None:
         estimate = with_samples(estimate, texts, checkpoint, model, device)
         found += text_warnings(texts)
-    return replace(plan, estimate=estimate, warnings=(*found, *forecast_warnings(plan, model)))
+    found += [*forecast_warnings(plan, model), *_left_out(checkpoint, model)]
+    return replace(plan, estimate=estimate, warnings=tuple(found))
+
+
+def _left_out(checkpoint: Checkpoint, model: ModelSpec) -> list[str]:
+    if not any(beyond_last_layer(model, name) for name in checkpoint.names):
+        return []
+    return ["layers that predict further tokens (num_nextn_predict_layers) are left out"]
 
 
 def _engine_warnings(plan: ConversionPlan, model: ModelSpec) -> list[str]:

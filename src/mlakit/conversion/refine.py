@@ -138,8 +138,8 @@ class Refiner:
 
     def _trained(self, index: int, student: Student) -> list[torch.nn.Parameter]:
         frozen = {"kv_a_layernorm"}
-        if self.reader.spec.layers[index].qk_norm:  # what the latent's bound was computed from
-            frozen |= {"q_proj", "k_proj", "v_proj", "q_norm", "k_norm"}
+        if self.plan.layers[index].indirect:  # what the latent's bound was computed from
+            frozen |= {"q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "kv_proj", "kv_norm"}
         parts = student.attention.named_parameters()
         return [part for name, part in parts if name.split(".")[0] not in frozen]
 

@@ -186,7 +186,7 @@ class Survey:
     ) -> tuple[Rope, dict[str, Any]]:
         """The rotations to keep, judged by the held-out error before any rank is cut."""
         best, chosen = float("inf"), None
-        spec = self.reader.spec.layers[layer.index]
+        spec = self.reader.spec.layers[layer.index].absorbed
         trial = Trial(layer.weights, spec, layer.factor, layer.held_out)
         for schedule in schedules:
             for shrinkage in SHRINKAGES if self.goal.has("phase") else (0.0,):

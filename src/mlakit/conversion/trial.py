@@ -14,7 +14,7 @@ import torch
 from mlakit.conversion.calibrate import attend
 from mlakit.conversion.closed_form import Rope
 from mlakit.conversion.factor import AttentionWeights
-from mlakit.conversion.observe import HeldOut
+from mlakit.conversion.observe import HeldOut, turn_factor
 from mlakit.spec import AttentionSpec
 
 
@@ -93,7 +93,8 @@ class Trial:
         read = kept.spread.mT.conj().repeat_interleave(repeats, 0) * rope.gain  # [H, R/2]
         asked = query[..., kept.source] * read.to(query)[:, None]
         angles = torch.arange(length, device=key.device)[:, None] * kept.frequencies
-        turn = torch.polar(torch.full_like(angles, self.factor), angles).to(key)
+        factor = turn_factor(kept.frequencies, self.factor)
+        turn = torch.polar(factor.expand_as(angles), angles).to(key)
         query = _real(torch.cat([query * rope.dropped.to(query)[:, None], asked * turn], -1))
         turning = (mixed * turn).expand(groups, -1, -1)
         key = _real(torch.cat([rest, turning], -1)).repeat_interleave(repeats, 0)
@@ -103,12 +104,8 @@ class Trial:
 
 def _heads(weights: AttentionWeights, parts: Sequence[torch.Tensor], window: HeldOut) -> Heads:
     ones = window.inputs.new_ones(len(window.inputs), 1)
-    hidden = torch.cat([window.inputs, ones], 1)
     inputs = torch.cat([weights.inputs(window.inputs), ones], 1)
-    if weights.normed is None:
-        query = torch.einsum("tx,hdx->htd", hidden, parts[0])
-    else:
-        query = weights.normed.queries(window.inputs)
+    query = weights.queries(window.inputs, parts[0])
     key, value = (torch.einsum("tx,hdx->htd", inputs, part) for part in parts[1:])
     return Heads(_complex(query), _complex(key), value, window.outputs, window.mask)
 
