@@ -42,6 +42,15 @@ def convert(
     qk_rope_head_dim: Annotated[
         int | None, typer.Option(help="Rotary dimensions kept; default: the head size.")
     ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Compress: the smallest cache that loses at most so many nats per token."
+        ),
+    ] = None,
+    ranks: Annotated[
+        str, typer.Option(help="One rank for all layers: even; each layer its own: measured; auto.")
+    ] = "auto",
     engine: Annotated[
         str,
         typer.Option("--for", help=f"What it shall run in: {', '.join(TARGETS)}."),
@@ -102,6 +111,8 @@ def convert(
         "cache_ratio": cache_ratio,
         "kv_lora_rank": kv_lora_rank,
         "qk_rope_head_dim": qk_rope_head_dim,
+        "max_kl": max_kl,
+        "ranks": ranks,
         "engine": engine,
         "method": method,
         "without": without or (),
@@ -159,7 +170,7 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
     """A plan in a few lines, with what it needs."""
     from mlakit.conversion.card import domain_list
 
-    source, target = plan.source_layer, plan.target
+    source, target, most = plan.source_layer, plan.target, " at most" if plan.open else ""
     _line(
         console,
         "attention",
@@ -169,12 +180,12 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
     _line(
         console,
         "becomes",
-        f"MLA ({target.mla_form}), rank {target.kv_lora_rank}, rope {target.qk_rope_head_dim}",
+        f"MLA ({target.mla_form}), rank {plan.rank_words}, rope {target.qk_rope_head_dim}",
     )
     _line(
         console,
         "cache per token",
-        f"{plan.source_cache_bytes:,} -> {plan.cache_bytes:,} bytes:"
+        f"{plan.source_cache_bytes:,} ->{most} {plan.cache_bytes:,} bytes:"
         f" {plan.cache_ratio:.1%} of its own, {plan.mha_ratio:.1%} of MHA",
     )
     _line(console, "written", f"{plan.nbytes:,} bytes in {plan.shards} shards, {plan.dtype}")

@@ -8,6 +8,7 @@ to second order. No torch here.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ CURVE_POINTS = 12
 SEARCH_ROUNDS = 6
 """Conversions that ``--max-kl`` may take; the last of them is the result."""
 
-CLOSE_ENOUGH = 0.8
-"""A measured loss above this share of the one allowed ends the search."""
+FINENESS = 32
+"""The search ends when the steps between a size above the limit and one within it are no more
+than one in this many of all there are."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +93,25 @@ class Losses:
                 heapq.heappush(queue, entry(layer))
         return tuple(rank * step for rank in ranks)
 
-    def sizes(self, measured: bool) -> list[Point]:
-        """Every size to choose from, ascending: one rank for all layers, or one for each."""
-        count = len(self.axes)
-        even = [*range(self.step, self.highest, self.step), self.highest]
-        if not measured:
-            return [self.point([rank] * count) for rank in even]
-        return [self.point(self.measured(rank * count)) for rank in even]
+    def sizes(self, measured: bool, allowed: Sequence[int] | None) -> list[Point]:
+        """Every size to choose from, ascending.
 
-    def curve(self, measured: bool) -> list[Point]:
-        """A dozen sizes, spread evenly over those there are."""
-        sizes = self.sizes(measured)
-        count = min(CURVE_POINTS, len(sizes))
-        picked = {round(i * (len(sizes) - 1) / max(count - 1, 1)) for i in range(count)}
-        return [sizes[index] for index in sorted(picked)]
+        Args:
+            measured: each layer has a rank of its own, and not all the same one.
+            allowed: the only ranks that an engine takes; None for any.
+        """
+        ranks = [*range(self.step, self.highest, self.step), self.highest]
+        count = len(self.axes)
+        if measured:
+            return [self.point(self.measured(rank * count)) for rank in ranks]
+        return [self.point([rank] * count) for rank in allowed or ranks]
+
+
+def some_of(sizes: Sequence[Point]) -> list[Point]:
+    """A dozen of them, from the first to the last."""
+    count = min(CURVE_POINTS, len(sizes))
+    picked = {round(i * (len(sizes) - 1) / max(count - 1, 1)) for i in range(count)}
+    return [sizes[index] for index in sorted(picked)]
 
 
 def next_size(
@@ -112,7 +119,8 @@ def next_size(
 ) -> int | None:
     """The size to convert to next in search of the smallest one within ``limit``.
 
-    The prediction says how the loss falls with the size; each measurement corrects its scale.
+    The prediction says how the loss falls with the size; measurements say how far it is off, and
+    between two of them that is interpolated.
 
     Args:
         predicted: nats of each size, ascending sizes.
@@ -123,17 +131,19 @@ def next_size(
         Its index, or None when the last one tried is the answer. Where even the largest size is
         above the limit, that one is tried last.
     """
-    within = [index for index, found in tried if found <= limit]
-    above = [index for index, found in tried if found > limit]
-    low, high = max(above, default=-1), min(within, default=len(predicted))
-    best = next((found for index, found in tried if index == high), 0.0)
-    spent = len(tried) >= SEARCH_ROUNDS - 1
-    if high - low == 1 or best > CLOSE_ENOUGH * limit or spent:
-        answer = min(high, len(predicted) - 1)
+    count = len(predicted)
+    low = max((index for index, found in tried if found > limit), default=-1)
+    high = min((index for index, found in tried if found <= limit), default=count)
+    fine = high < count and high - low <= max(1, count // FINENESS)
+    if fine or high - low == 1 or len(tried) >= SEARCH_ROUNDS - 1:
+        answer = min(high, count - 1)
         return None if tried and tried[-1][0] == answer else answer
-    scale = 1.0
-    if tried:
-        index, found = tried[-1]
-        scale = found / max(predicted[index], 1e-30)
-    fitting = (i for i, value in enumerate(predicted) if value * scale <= limit)
-    return min(max(next(fitting, len(predicted) - 1), low + 1), high - 1)
+    known = {i: math.log(max(found, 1e-30) / max(predicted[i], 1e-30)) for i, found in tried}
+    ends = [known[i] for i in (low, high) if i in known] or [0.0]
+
+    def expected(index: int) -> float:
+        share = (index - low) / (high - low)
+        return predicted[index] * math.exp(ends[0] + share * (ends[-1] - ends[0]))
+
+    inside = range(low + 1, high)
+    return next((index for index in inside if expected(index) <= limit), inside[-1])

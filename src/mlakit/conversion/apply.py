@@ -14,11 +14,12 @@ from typing import Literal
 from mlakit.checkpoint import ShardWriter, open_checkpoint, require_free_space
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.checkpoint.writing import LOCK_NAME
-from mlakit.conversion.budget import EqualCacheForm, Goal
+from mlakit.conversion.budget import EqualCacheForm, Goal, Ranks
 from mlakit.conversion.plan import (
     ConversionPlan,
     Progress,
     make_plan,
+    resized,
 )
 from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.errors import MlakitError, UsageError
@@ -38,6 +39,8 @@ def convert(
     without: Sequence[str] = (),
     refine_steps: int | Literal["auto"] = "auto",
     engine: str = "mlakit",
+    max_kl: float | None = None,
+    ranks: Ranks = "auto",
     calibration: SourceLike | Sequence[SourceLike] | None = None,
     calibration_tokens: int = 32768,
     check: SourceLike | Sequence[SourceLike] | None = None,
@@ -70,6 +73,11 @@ def convert(
             ``auto`` for 200, and none where the method is ``transmla``.
         engine: what the result shall run in (``engines.targets.TARGETS``; ``--for`` on the command
             line): sizes are picked among those it takes.
+        max_kl: instead of a size: the smallest cache whose predictions diverge from the source's by
+            at most so many nats per token, measured on held-out calibration text.
+        ranks: ``even``: one rank for all layers; ``measured``: each layer its own, the same cache
+            in all, where that loses least; ``auto``: measured where nobody names a rank and the
+            engine allows it.
         calibration: texts to calibrate with, one or several, each ``place`` or ``name=place``: a
             file of text or JSONL, a folder, ``self`` for what the model writes itself, a dataset
             ``name[:configuration[:split[:column]]]``; the package's own text if None.
@@ -100,6 +108,8 @@ def convert(
         tuple(sorted(set(without))),
         refine_steps,
         engine,
+        max_kl,
+        ranks,
     )
     checkpoint = open_checkpoint(model)
     texts = None if calibration is None else named_sources(calibration)
@@ -170,7 +180,8 @@ def _finished(folder: Path, plan: ConversionPlan) -> ConversionPlan | None:
         )
     if status != "complete" or not _whole(folder):
         return None
-    return replace(plan, measured=written["measured"])
+    ranks = [layer["kv_lora_rank"] for layer in written["layers"]]
+    return replace(resized(plan, ranks), measured=written["measured"])
 
 
 def _whole(folder: Path) -> bool:

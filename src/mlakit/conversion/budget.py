@@ -17,6 +17,7 @@ from mlakit.spec import AttentionSpec, RopeSpec
 Sizes = Sequence[tuple[int, int]]
 
 EqualCacheForm = Literal["absorbed", "article"]
+Ranks = Literal["auto", "even", "measured"]
 
 METHODS = ("mlakit", "transmla")
 
@@ -56,6 +57,10 @@ class Goal:
         refine_steps: gradient steps per layer after the algebra; ``auto`` for AUTO_STEPS with the
             method ``mlakit`` and none elsewhere.
         engine: what the result shall run in, of ``engines.targets.TARGETS``.
+        max_kl: instead of a size: the smallest whose predictions diverge from the source's by at
+            most so many nats per token, on held-out calibration text.
+        ranks: ``even``, one rank for all layers, or ``measured``, for each layer its own at the
+            same cache in all; ``auto`` measures where nobody named a rank and the engine allows.
     """
 
     equal_cache: bool = False
@@ -68,6 +73,15 @@ class Goal:
     without: tuple[str, ...] = ()
     refine_steps: int | Literal["auto"] = "auto"
     engine: str = "mlakit"
+    max_kl: float | None = None
+    ranks: Ranks = "auto"
+
+    @property
+    def layer_ranks(self) -> bool:
+        """Whether each layer gets a rank of its own."""
+        if not self.has("downstream") or not TARGETS[self.engine].layer_ranks:
+            return False
+        return self.ranks == "measured" or (self.ranks == "auto" and self.kv_lora_rank is None)
 
     @property
     def steps(self) -> int:
@@ -108,7 +122,8 @@ class Goal:
             )
         if self.without and (self.method != "mlakit" or self.equal_cache):
             raise UsageError("--without belongs to --method mlakit", remedy="leave it out")
-        sizes = (self.cache_ratio, self.kv_lora_rank, self.qk_rope_head_dim)
+        self._check_measured()
+        sizes = (self.cache_ratio, self.kv_lora_rank, self.qk_rope_head_dim, self.max_kl)
         if self.equal_cache:
             if self.engine != "mlakit":
                 raise UsageError(
@@ -118,8 +133,8 @@ class Goal:
             if any(size is not None for size in sizes) or self.freqfold != "auto":
                 raise UsageError(
                     "--equal-cache fixes every size itself",
-                    remedy="leave out --cache-ratio, --kv-lora-rank, --qk-rope-head-dim and"
-                    " --freqfold, or leave out --equal-cache to compress",
+                    remedy="leave out --cache-ratio, --kv-lora-rank, --qk-rope-head-dim, --max-kl"
+                    " and --freqfold, or leave out --equal-cache to compress",
                 )
             if self.steps:
                 raise UsageError(
@@ -135,10 +150,37 @@ class Goal:
             )
         if self.form != "absorbed":
             raise UsageError("--form belongs to --equal-cache", remedy="add --equal-cache")
-        if (self.cache_ratio is None) == (self.kv_lora_rank is None):
+        if [self.cache_ratio, self.kv_lora_rank, self.max_kl].count(None) != 2:
             raise UsageError(
                 "Say how much cache to keep, once",
-                remedy="give one of --equal-cache, --cache-ratio 0.5 or --kv-lora-rank 512",
+                remedy="give one of --equal-cache, --cache-ratio 0.5, --kv-lora-rank 512 or"
+                " --max-kl 0.05",
+            )
+
+    def _check_measured(self) -> None:
+        """Refuses what needs the downstream metric where it is left out."""
+        if self.ranks not in ("auto", "even", "measured"):
+            raise UsageError(
+                f"There is no way {self.ranks!r} to divide ranks", remedy="use even or measured"
+            )
+        if self.max_kl is not None and self.max_kl <= 0:
+            raise UsageError(
+                f"--max-kl {self.max_kl:g} is not above 0",
+                remedy="--equal-cache loses nothing; else give nats per token, such as 0.05",
+            )
+        wanted = "--ranks measured" if self.ranks == "measured" else "--max-kl"
+        if self.max_kl is None and self.ranks != "measured":
+            return
+        if not self.has("downstream"):
+            raise UsageError(
+                f"{wanted} needs to know what each layer's errors do to the predictions",
+                remedy="leave out --equal-cache, --method transmla, --without downstream and"
+                " --without metric",
+            )
+        if self.ranks == "measured" and not TARGETS[self.engine].layer_ranks:
+            raise UsageError(
+                f"--for {self.engine}: it takes one rank for all layers",
+                remedy="use --ranks even, or --for mlakit",
             )
 
 
@@ -296,6 +338,8 @@ def _engine_rank(
     """The rank asked for, or the largest at or below the ratio that the engine's kernels take."""
     full, ratio = source.cache_width, goal.cache_ratio
     taken = [rank for rank, rope in sizes if rope == rope_dim]
+    if goal.max_kl is not None:
+        return taken[-1]  # what is looked for lies at or below
     if ratio is not None and not 0 < ratio <= 1:
         return _rank(source, choices, rope_dim, goal)  # refuses
     wanted = goal.kv_lora_rank
@@ -370,6 +414,8 @@ def _rank(source: AttentionSpec, choices: list[int], rope_dim: int, goal: Goal) 
     """C, at most what the source caches per token without R."""
     full = source.cache_width
     highest, exact = full - rope_dim, source.kv_lora_rank is None
+    if goal.max_kl is not None:
+        return highest  # what is looked for lies at or below
     if goal.kv_lora_rank is not None:
         if not 1 <= goal.kv_lora_rank <= highest:
             raise UsageError(

@@ -20,6 +20,9 @@ DROPPED_KEYS = (
 """Source keys that are respelled below, or that point at code and places of the source."""
 
 
+FORESEEN = "predicted from the algebra alone, second order, layers added up, before refinement"
+
+
 def converted_config(
     source: dict[str, Any], plan: ConversionPlan, model: ModelSpec, norm_exponent: int
 ) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def converted_config(
         "mla_form": target.mla_form,
         "q_lora_rank": target.q_lora_rank,
         "kv_lora_rank": target.kv_lora_rank,
+        "kv_lora_ranks": plan.ranks if len(set(plan.ranks)) > 1 else None,
         "qk_nope_head_dim": target.qk_nope_head_dim,
         "qk_rope_head_dim": target.qk_rope_head_dim,
         "v_head_dim": target.v_head_dim,
@@ -96,7 +100,7 @@ def model_card(plan: ConversionPlan) -> str:
         _cache_row("this model", plan.cache_bytes, plan),
         "",
         f"{source.num_attention_heads} query heads on {source.num_key_value_heads} key/value heads"
-        f" of size {source.head_dim} became a latent of `kv_lora_rank` {target.kv_lora_rank} with"
+        f" of size {source.head_dim} became a latent of `kv_lora_rank` {plan.rank_words} with"
         f" `qk_rope_head_dim` {target.qk_rope_head_dim}, stored as {plan.dtype}.",
         "",
         *_calibration_lines(plan),
@@ -174,13 +178,7 @@ def findings(plan: ConversionPlan) -> list[tuple[str, str]]:
                 f" the errors were {before[-1]:.2%} and {before[len(before) // 2]:.2%}",
             )
         )
-    if "held_out_kl" in measured:
-        value = f"{measured['held_out_kl']:.4g} nats per token (KL divergence from the source's)"
-        if layers and "predicted_kl" in layers[0]:
-            predicted = sum(layer["predicted_kl"] for layer in layers)
-            refined = " without refinement" if plan.goal.steps else ""
-            value += f"; {predicted:.4g} predicted by the algebra to second order{refined}"
-        found.append(("predictions", f"{value}, held-out calibration text"))
+    found += _losses(plan)
     found += _domain_findings(measured.get("domains", []))
     if layers and plan.method == "transmla":
         kept = min(layer["kept"] for layer in layers)
@@ -201,3 +199,24 @@ def _domain_findings(domains: Sequence[dict[str, Any]]) -> list[tuple[str, str]]
     note = disagreement(kl, [domain["name"] for domain in domains if domain["calibrated"]])
     found = [("by text", f"{listed} nats per token (KL divergence, held-out windows)")]
     return [*found, ("note", note)] if note else found
+
+
+def _losses(plan: ConversionPlan) -> list[tuple[str, str]]:
+    """What the conversion costs the predictions, and what the algebra foresaw."""
+    measured, found = plan.measured, []
+    if "curve" in measured:
+        points = ", ".join(
+            f"{point['cache_ratio']:.0%}: {point['predicted_kl']:.2g}"
+            for point in measured["curve"]
+        )
+        found.append(("curve", f"{points} (cache kept: nats per token, {FORESEEN})"))
+    if "held_out_kl" in measured:
+        kl = f"{measured['held_out_kl']:.4g} nats per token from the source's on held-out"
+        kl += " calibration text (KL divergence)"
+        if "predicted_kl" in measured:
+            kl += f"; {measured['predicted_kl']:.4g} {FORESEEN}"
+        found.append(("predictions", kl))
+    if "search" in measured:
+        tried = ", ".join(f"{ratio:.1%}: {kl:.4g}" for ratio, kl in measured["search"])
+        found.append(("search", f"at most {plan.goal.max_kl:g} nats per token; tried {tried}"))
+    return found

@@ -115,7 +115,7 @@ def forecast_warnings(plan: ConversionPlan, model: ModelSpec) -> tuple[str, ...]
         found.append("the source is plain multi-head attention: its own cache is that of MHA")
     if not plan.goal.equal_cache:
         rank, rope = target.kv_lora_rank or 0, target.qk_rope_head_dim or 0
-        if rank + rope == full and source.kv_lora_rank is None:
+        if rank + rope == full and source.kv_lora_rank is None and plan.goal.max_kl is None:
             found.append(
                 "full rank saves no cache and still drops most of the rotation;"
                 " --equal-cache keeps the same bytes and is exact"
@@ -125,7 +125,7 @@ def forecast_warnings(plan: ConversionPlan, model: ModelSpec) -> tuple[str, ...]
                 f"rank {rank} is above the hidden size {source.hidden_size}: the latent cannot"
                 " hold more than its input"
             )
-        if rank % 16:
+        if rank % 16 and plan.goal.max_kl is None:
             found.append(f"rank {rank} is no multiple of 16; multiples of 16 decode fastest")
         if full <= 512 and source.kv_lora_rank is None:
             found.append(

@@ -19,7 +19,7 @@ from mlakit.conversion.forecast import Estimate, forecast_cost, forecast_warning
 from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.engines.targets import TARGETS, adaptations, require_expressible
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
-from mlakit.families import FAMILIES, beyond_last_layer, convertible
+from mlakit.families import FAMILIES, beyond_last_layer, convertible, with_ranks
 from mlakit.spec import AttentionSpec, ModelSpec
 
 Progress = Callable[[str, int, int], None]
@@ -89,8 +89,29 @@ class ConversionPlan:
 
     @property
     def target(self) -> AttentionSpec:
-        """The first target layer; all have the same sizes."""
-        return self.layers[0]
+        """The target layer with the largest rank; all other sizes are the same in all layers."""
+        return max(self.layers, key=lambda layer: layer.kv_lora_rank or 0)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each target layer."""
+        return [layer.kv_lora_rank or 0 for layer in self.layers]
+
+    @property
+    def open(self) -> bool:
+        """Whether calibration has still to decide on a size: what is planned is the largest."""
+        return self.goal.max_kl is not None and "held_out_kl" not in self.measured
+
+    @property
+    def rank_words(self) -> str:
+        """The ranks in a few words."""
+        ranks = sorted(self.ranks)
+        if self.open:
+            return f"1 to {ranks[-1]}, the smallest within {self.goal.max_kl:g} nats per token"
+        if ranks[0] != ranks[-1]:
+            return f"{ranks[0]} to {ranks[-1]} by layer"
+        own = self.goal.layer_ranks and "held_out_kl" not in self.measured
+        return f"{ranks[-1]}{' in the mean, by layer' if own else ''}"
 
     @property
     def cache_ratio(self) -> float:
@@ -126,7 +147,7 @@ class ConversionPlan:
             asdict(self.goal),
             calibration,
             self.dtype,
-            [asdict(tensor) for tensor in self.tensors],
+            [(tensor.name, tensor.dtype, tensor.copied) for tensor in self.tensors],
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -217,6 +238,30 @@ def _left_out(checkpoint: Checkpoint, model: ModelSpec) -> list[str]:
     if not any(beyond_last_layer(model, name) for name in checkpoint.names):
         return []
     return ["layers that predict further tokens (num_nextn_predict_layers) are left out"]
+
+
+def resized(plan: ConversionPlan, ranks: Sequence[int]) -> ConversionPlan:
+    """The plan with the ranks that calibration decided on; its hash stays, it names the goal."""
+    family, itemsizes = FAMILIES[plan.model_type], dict(DTYPES.values())
+    layers = with_ranks(plan.layers, ranks)
+    shapes = {
+        family.attention_prefix(index) + name: shape
+        for index, layer in enumerate(layers)
+        for name, shape in layer.tensor_shapes().items()
+    }
+    tensors = tuple(
+        tensor
+        if tensor.copied or tensor.name not in shapes
+        else replace(
+            tensor,
+            shape=shapes[tensor.name],
+            nbytes=math.prod(shapes[tensor.name]) * itemsizes[tensor.dtype],
+        )
+        for tensor in plan.tensors
+    )
+    width = sum(layer.cache_width for layer in plan.layers)
+    cache_bytes = plan.cache_bytes // width * sum(layer.cache_width for layer in layers)
+    return replace(plan, layers=layers, tensors=tensors, cache_bytes=cache_bytes)
 
 
 def _engine_warnings(plan: ConversionPlan, model: ModelSpec) -> list[str]:

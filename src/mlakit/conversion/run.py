@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from mlakit.checkpoint import (
     write_json_atomic,
     write_text_atomic,
 )
+from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.conversion.adapt import stored_tensors
+from mlakit.conversion.allocate import SEARCH_ROUNDS, Point, next_size, some_of
 from mlakit.conversion.calibrate import layer_weights
 from mlakit.conversion.card import converted_config, model_card
 from mlakit.conversion.factor import (
@@ -31,13 +34,14 @@ from mlakit.conversion.factor import (
 )
 from mlakit.conversion.fit import Fit
 from mlakit.conversion.judge import Judge
-from mlakit.conversion.plan import WORK_NAME, ConversionPlan, Progress
+from mlakit.conversion.plan import WORK_NAME, ConversionPlan, Progress, resized
 from mlakit.conversion.refine import Refiner
 from mlakit.conversion.stream import LayerReader
 from mlakit.conversion.survey import Survey
 from mlakit.conversion.transmla import LayerResult, TransMLA
 from mlakit.conversion.windows import WindowChoice, held_out_record
 from mlakit.data import Source
+from mlakit.engines.targets import TARGETS
 from mlakit.errors import MlakitError, UsageError
 from mlakit.families import FAMILIES, read_model
 
@@ -91,6 +95,7 @@ class Run:
         self.shards = shards
         self.work = shards.folder / WORK_NAME
         self.plan.write(shards.folder, "running")
+        self.round = self.work
         self.work.mkdir(exist_ok=True)
         if self.texts is not None:
             self.chosen = self.texts.choose(self.work, self.progress)
@@ -120,14 +125,83 @@ class Run:
             return measured | method.measured | self._judged()
         survey = Survey(*common)
         survey.run()
-        self._write_layers(Fit(survey, self.plan))
-        return measured | survey.measured | self._judged()
+        return measured | survey.measured | self._sized(survey)
+
+    def _sized(self, survey: Survey) -> dict[str, Any]:
+        """Writes the layers at the ranks that the survey speaks for; gives what they lose."""
+        goal, measured = self.plan.goal, dict[str, Any]()
+        if not goal.has("downstream"):
+            self._write_layers(Fit(survey, self.plan))
+            return self._judged()
+        losses = survey.losses()
+        ranks = TARGETS[goal.engine].ranks(self.plan.source_layer, self.plan.target)
+        sizes = losses.sizes(goal.layer_ranks, ranks)
+        measured["curve"] = [asdict(point) for point in some_of(sizes)]
+        if goal.max_kl is not None:
+            self._tell(measured)
+            measured |= self._search(survey, sizes, goal.max_kl)
+        else:
+            if goal.layer_ranks:
+                self.plan = resized(self.plan, losses.measured(sum(self.plan.ranks)))
+            self._tell(measured)
+            self._write_layers(Fit(survey, self.plan))
+            measured |= self._judged()
+        return {**measured, "predicted_kl": losses.predicted(self.plan.ranks)}
+
+    def _search(self, survey: Survey, sizes: list[Point], limit: float) -> dict[str, Any]:
+        """Converts until the smallest size within the limit is found and written last.
+
+        Every round has a folder of its own for what a later start can use, and overwrites the
+        shards of the round before; the index comes when the search is over.
+        """
+        path, predicted = self.work / "search.json", [point.predicted_kl for point in sizes]
+        rounds: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+
+        def tried() -> list[tuple[int, float]]:
+            return [(found["size"], found["held_out_kl"]) for found in rounds]
+
+        while (index := next_size(predicted, tried(), limit)) is not None:
+            self.progress("search", len(rounds), SEARCH_ROUNDS)
+            self._begin_round(len(rounds), sizes[index])
+            self._write_layers(Fit(survey, self.plan))
+            rounds.append({"size": index, **self._judged()})
+            write_json_atomic(path, rounds)
+        last = rounds[-1]
+        self._begin_round(len(rounds) - 1, sizes[last["size"]])
+        if last["held_out_kl"] > limit:
+            self._refuse(last["held_out_kl"], limit)
+        found = {name: value for name, value in last.items() if name != "size"}
+        return {**found, "search": [(sizes[i].cache_ratio, kl) for i, kl in tried()]}
+
+    def _begin_round(self, number: int, size: Point) -> None:
+        self.round = self.work / f"round-{number}"
+        self.round.mkdir(exist_ok=True)
+        self.plan = resized(self.plan, size.ranks)
+
+    def _refuse(self, found: float, limit: float) -> None:
+        """Even the largest size loses more than is allowed: nothing stays."""
+        for shard in range(1, self.plan.shards + 1):
+            self.shards.path(shard).unlink(missing_ok=True)
+        shutil.rmtree(self.work)
+        (self.shards.folder / PLAN_NAME).unlink()
+        nearest = math.ceil(found * 1e4) / 1e4
+        raise UsageError(
+            f"--max-kl {limit:g} cannot be met: the largest size, rank"
+            f" {self.plan.target.kv_lora_rank} + rope {self.plan.target.qk_rope_head_dim}, loses"
+            f" {found:.4g} nats per token on held-out calibration text",
+            remedy=f"the nearest are --max-kl {nearest:g} and --equal-cache (exact, the source's"
+            " own bytes); a wider --qk-rope-head-dim or more --refine-steps lose less",
+        )
+
+    def _tell(self, measured: dict[str, Any]) -> None:
+        """Puts what is known so far into ``plan.json``."""
+        replace(self.plan, measured=measured).write(self.shards.folder, "running")
 
     def _write_layers(self, method: Fit | TransMLA) -> None:
         """Every layer that is not there yet, refined if it shall be."""
         refiner = None
         if self.plan.goal.steps and self.windows is not None:
-            refiner = Refiner(self.reader, self.plan, self.windows, self.work, self.progress)
+            refiner = Refiner(self.reader, self.plan, self.windows, self.round, self.progress)
         for index, tensors, facts in method.layers(self._is_done):
             if refiner is not None:
                 tensors, facts = refiner.refine(index, tensors, facts)
@@ -135,8 +209,8 @@ class Run:
 
     def _judged(self) -> dict[str, Any]:
         """What the layers on disk lose on the held-out windows, and on each text."""
-        windows, checks = self.chosen.ids, self.chosen.checks
-        judge = Judge(self.reader, self.plan, windows, checks, self.work, self.work, self.progress)
+        common = (self.reader, self.plan, self.chosen.ids, self.chosen.checks)
+        judge = Judge(*common, self.work, self.round, self.progress)
         for index in range(len(self.plan.layers)):
             prefix = self.family.attention_prefix(index)
             stored = load_file(self.shards.path(index + 1))
@@ -231,7 +305,7 @@ class Run:
         return result
 
     def _facts(self, index: int) -> Path:
-        return self.work / f"layer-{index:05d}.json"
+        return self.round / f"layer-{index:05d}.json"
 
 
 def _with_theta(plan: ConversionPlan, theta: float | None) -> ConversionPlan:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from mlakit.checkpoint import write_json_atomic
 from mlakit.checkpoint.writing import atomic_file
 from mlakit.conversion import closed_form
+from mlakit.conversion.allocate import Losses
 from mlakit.conversion.calibrate import batch_size, layer_weights, split_held_out
 from mlakit.conversion.card import converted_config
 from mlakit.conversion.closed_form import Axes, Rope
@@ -131,6 +132,20 @@ class Survey:
         mean = (part["mean"], part["latent_mean"]) if "mean" in part else None
         axes = Axes(part["energy"], part["down"], part["key_up"], part["value_up"], mean)
         return Surveyed(Rope(kept, gain, dropped), axes, facts)
+
+    def losses(self) -> Losses:
+        """What each layer loses at any rank, in nats."""
+        rotations, axes = [], []
+        for index in range(self.count):
+            layer = self.layer(index)
+            rotations.append(layer.facts["rope_kl"])
+            axes.append(tuple((layer.axes.energy / 2).tolist()))
+        return Losses(
+            tuple(rotations),
+            tuple(axes),
+            self.plan.target.qk_rope_head_dim or 0,
+            self.plan.source_layer.cache_width,
+        )
 
     def _store(self, index: int, found: Surveyed) -> None:
         kept, axes, rope = found.rope.kept, found.axes, found.rope

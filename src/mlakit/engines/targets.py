@@ -87,6 +87,13 @@ class Target:
         found = [(width - rope, rope) for width in self.widths for rope in ropes]
         return tuple(sorted((c, r) for c, r in found if 0 < c <= source.cache_width - r))
 
+    def ranks(self, source: AttentionSpec, target: AttentionSpec) -> tuple[int, ...] | None:
+        """Every rank that it takes beside a target layer's rotary width; None for any."""
+        sizes = self.sizes(source)
+        if sizes is None:
+            return None
+        return tuple(rank for rank, rope in sizes if rope == target.qk_rope_head_dim)
+
     def rope(self, rope: RopeSpec) -> RopeSpec | None:
         """The schedule that stands for a source's in this engine; None where there is none.
 

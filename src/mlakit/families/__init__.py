@@ -6,6 +6,7 @@ from mlakit.families.model import (
     read_model,
     rope_parameters,
     tensor_shapes,
+    with_ranks,
 )
 from mlakit.families.rows import FAMILIES, Family
 
@@ -17,4 +18,5 @@ __all__ = [
     "read_model",
     "rope_parameters",
     "tensor_shapes",
+    "with_ranks",
 ]

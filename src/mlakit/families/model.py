@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlakit.errors import UnsupportedModelError
@@ -43,6 +44,7 @@ def read_model(config: Config) -> ModelSpec:
     count = size(filled, "num_hidden_layers")
     types = _layer_types(filled, family, count)
     by_type = {kind: _attention(filled, family, *kind) for kind in dict.fromkeys(types)}
+    layers = with_ranks([by_type[kind] for kind in types], filled.get("kv_lora_ranks"))
     dtype = filled.get("dtype") or filled.get("torch_dtype")
     return ModelSpec(
         model_type=family.name,
@@ -52,11 +54,26 @@ def read_model(config: Config) -> ModelSpec:
         max_position_embeddings=size(filled, "max_position_embeddings"),
         tie_word_embeddings=bool(filled.get("tie_word_embeddings", False)),
         dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else "float32",
-        layers=tuple(by_type[kind] for kind in types),
+        layers=layers,
         feed_forwards=tuple(family.feed_forward(filled, layer) for layer in range(count)),
         norms_per_layer=len(family.norms),
         norm_bias=family.norm_bias,
         config=dict(config),
+    )
+
+
+def with_ranks(
+    layers: Sequence[AttentionSpec], ranks: Sequence[int] | None
+) -> tuple[AttentionSpec, ...]:
+    """Latent layers at a rank each; as they are where there are no ranks."""
+    if ranks is None:
+        return tuple(layers)
+    if len(ranks) != len(layers):
+        raise UnsupportedModelError(
+            f"config.json has kv_lora_ranks of {len(ranks)} layers and {len(layers)} layers"
+        )
+    return tuple(
+        replace(layer, kv_lora_rank=rank) for layer, rank in zip(layers, ranks, strict=True)
     )
 
 

@@ -200,9 +200,9 @@ class _Step:
         cost = account.decode_cost(changed, self.context, self.batch, per_parameter, itemsize)
         return Variant(
             name=name,
-            attention=_sizes(layers[0]),
+            attention=_span(layers),
             mla_form=layers[0].mla_form,
-            kv_lora_rank=layers[0].kv_lora_rank,
+            kv_lora_rank=max((layer.kv_lora_rank or 0 for layer in layers), default=0) or None,
             qk_rope_head_dim=layers[0].qk_rope_head_dim,
             cache_bytes_per_token=here,
             share_of_own=here / own,
@@ -226,6 +226,14 @@ def describe_attention(spec: AttentionSpec) -> str:
     if spec.logit_softcap:
         words.append(f"softcap {spec.logit_softcap:g}")
     return ", ".join(words)
+
+
+def _span(layers: Sequence[AttentionSpec]) -> str:
+    """The sizes of all layers; of ranks that differ the smallest and the largest."""
+    ranks = sorted({layer.kv_lora_rank or 0 for layer in layers})
+    if len(ranks) == 1 or not ranks[0]:
+        return _sizes(layers[0])
+    return f"mla {ranks[0]} to {ranks[-1]}+{layers[0].qk_rope_head_dim}"
 
 
 def _sizes(spec: AttentionSpec) -> str:

@@ -21,7 +21,8 @@ class LatentConfig:
 
     Attributes:
         mla_form: ``compress``, ``equal-cache`` or ``article`` (see AttentionSpec).
-        kv_lora_rank: C.
+        kv_lora_rank: C; of the layer with the largest where they differ.
+        kv_lora_ranks: C of each layer where they differ; else None.
         qk_rope_head_dim: R.
         qk_nope_head_dim: N.
         v_head_dim: V.
@@ -41,7 +42,8 @@ class LatentConfig:
         kv_a_bias: kv_a_proj_with_mqa has a bias; with QK-norm k_proj and v_proj instead.
         o_bias: o_proj has a bias.
         latent_norm_eps: epsilon of kv_a_layernorm, large: the norm is the identity.
-        head_dim: numbers cached per token (engines read it); set from the sizes above.
+        head_dim: numbers cached per token by the widest layer (engines read it); set from the
+            sizes above.
         cache_format: how the cache holds latents: ``fp8``, ``int8`` or ``int4``, the rotary part in
             16 bits; None for the model's own dtype.
         mlakit: where the weights come from.
@@ -61,6 +63,7 @@ class LatentConfig:
 
     mla_form: MLAForm = "compress"
     kv_lora_rank: int = 512
+    kv_lora_ranks: list[int] | None = None
     qk_rope_head_dim: int = 64
     qk_nope_head_dim: int = 128
     v_head_dim: int = 128
@@ -106,6 +109,17 @@ class LatentConfig:
                 f"qk_rope_head_dim {self.qk_rope_head_dim} is not {self.rope_blocks} "
                 "(rope_blocks) blocks of pairs"
             )
+        ranks = self.kv_lora_ranks
+        if ranks is not None and (
+            self.mla_form != "compress"
+            or len(ranks) != self.num_hidden_layers
+            or min(ranks) < 1
+            or max(ranks) != self.kv_lora_rank
+        ):
+            raise ValueError(
+                f"kv_lora_ranks must give {self.num_hidden_layers} layers of form compress a rank"
+                f" each, the largest of them kv_lora_rank {self.kv_lora_rank}"
+            )
         if self.rope_inv_freq is not None:
             wanted = [self.qk_rope_head_dim // 2] * self.num_hidden_layers
             if [len(layer) for layer in self.rope_inv_freq] != wanted or self.rope_blocks != 1:
@@ -147,6 +161,10 @@ class LatentConfig:
         if self.mla_form == "compress":
             return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.qk_rope_head_dim // self.rope_blocks
+
+    def layer_rank(self, layer_idx: int) -> int:
+        """Latent rank C of this layer."""
+        return self.kv_lora_rank if self.kv_lora_ranks is None else self.kv_lora_ranks[layer_idx]
 
     def layer_window(self, layer_idx: int) -> int | None:
         """Tokens a query of this layer sees, itself included; None for all."""

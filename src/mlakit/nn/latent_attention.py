@@ -39,7 +39,7 @@ class MLAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.kv_lora_rank = config.kv_lora_rank
+        self.kv_lora_rank = config.layer_rank(layer_idx)
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.v_head_dim = config.v_head_dim
@@ -60,7 +60,8 @@ class MLAttention(nn.Module):
         elif self.source_rank:
             inputs = self.add_source_latent(config, norm)
         bias = config.kv_a_bias and not config.indirect
-        self.kv_a_proj_with_mqa = nn.Linear(inputs, config.head_dim, bias=bias)
+        width = config.head_dim - config.kv_lora_rank + self.kv_lora_rank
+        self.kv_a_proj_with_mqa = nn.Linear(inputs, width, bias=bias)
         self.add_up_projections(config)
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.o_bias)
 
