@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlakit.conversion.budget import freqfold_candidates
+from mlakit.conversion.rotary_sizes import freqfold_candidates
 from mlakit.families import FAMILIES
 from mlakit.spec import ModelSpec
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from mlakit.checkpoint import write_json_atomic
 from mlakit.checkpoint.writing import atomic_file
 from mlakit.conversion.adapt import partial_rorope
-from mlakit.conversion.budget import freqfold_candidates
 from mlakit.conversion.calibrate import (
     Moment,
     batch_size,
@@ -31,6 +30,7 @@ from mlakit.conversion.calibrate import (
 )
 from mlakit.conversion.factor import Tensors, compress, joint_low_rank
 from mlakit.conversion.plan import ConversionPlan, Progress
+from mlakit.conversion.rotary_sizes import freqfold_candidates
 from mlakit.conversion.rotate import Rotation
 from mlakit.conversion.stream import LayerReader, Stream
 from mlakit.errors import MlakitError
