@@ -16,14 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlakit.checkpoint import open_checkpoint
-from mlakit.conversion.budget import (
-    SCALE_FREE_ROPE,
-    Goal,
-    freqfold_candidates,
-    freqfold_choices,
-    target_layer,
-)
+from mlakit.conversion.budget import Goal, target_layer
 from mlakit.conversion.plan import make_plan
+from mlakit.conversion.rotary_sizes import SCALE_FREE_ROPE, freqfold_candidates, freqfold_choices
 from mlakit.errors import MlakitError, UsageError
 from mlakit.spec import AttentionSpec, RopeSpec
 from tiny_models import TEXT, save_tiny
