@@ -255,7 +255,7 @@ def _smaller_latent(source: AttentionSpec, goal: Goal) -> AttentionSpec:
     turning = source.rotary_dim
     rope_dim = turning if goal.qk_rope_head_dim is None else goal.qk_rope_head_dim
     choices = rope_choices(source, goal.method)
-    _check_rope_dim(RopeSpec(1.0, turning), rope_dim, choices)
+    check_rope_dim(RopeSpec(1.0, turning), rope_dim, choices)
     nope = source.qk_nope_head_dim or 0
     return replace(
         source,
