@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from mlakit.cli import app, main
 
-COMMAND = [sys.executable, "-c", "from mlakit.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "mlakit"]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
