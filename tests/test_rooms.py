@@ -12,6 +12,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "mlakit"
 
 FLOORS = [
+    {"__main__"},
     {"cli"},
     {"api"},
     {"serving", "engines"},
