@@ -151,29 +151,30 @@ def test_conversion_reports_every_text(tiny: Path, tmp_path: Path) -> None:
             for folder in (tiny, tmp_path / "out")
         ]
     kl = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean()
+    loss = -logits[0][:, :-1].gather(2, found.checks[:, 1:, None]).mean()
     assert domains["two"]["kl"] == pytest.approx(float(kl), rel=1e-3)  # float32 layers
+    assert domains["two"]["source_loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_texts_that_disagree_are_said_so() -> None:
-    assert disagreement({"a": 0.1, "b": 0.19}) is None
-    assert disagreement({"a": 0.1}) is None
-    assert "b 3.0 times" in (disagreement({"a": 0.1, "b": 0.3}) or "")
-    assert disagreement({"a": 0.1, "b": 0.3}, ["b"]) is None
-    assert "c 10.0 times" in (disagreement({"a": 0.1, "b": 0.2, "c": 1.0}, ["a", "b"]) or "")
-    plan = SimpleNamespace(
-        measured={
-            "domains": [
-                {"name": "a", "calibrated": True, "kl": 0.1},
-                {"name": "b", "calibrated": False, "kl": 0.5},
-            ]
-        },
-        method="mlakit",
-    )
-    assert dict(findings(plan))["note"].startswith("texts disagree")  # type: ignore[arg-type]
+    assert disagreement({"a": (0.1, 1.0), "b": (0.19, 1.0)}) is None
+    assert disagreement({"a": (0.1, 1.0), "b": (0.5, 5.0)}) is None  # hard for the source itself
+    assert disagreement({"a": (0.1, 1.0)}) is None
+    assert "b 3.0 times" in (disagreement({"a": (0.1, 2.0), "b": (0.3, 2.0)}) or "")
+    assert disagreement({"a": (0.1, 1.0), "b": (0.3, 1.0)}, ["b"]) is None
+    three = {"a": (0.1, 1.0), "b": (0.2, 1.0), "c": (2.0, 2.0)}
+    assert "c 10.0 times" in (disagreement(three, ["a", "b"]) or "")
     record = held_out_record(
-        Windows(torch.zeros(8, 4), ("a",) * 8, torch.zeros(2, 4), ("b", "b")), [1.0, 2.0, 4.0]
+        Windows(torch.zeros(8, 4), ("a",) * 8, torch.zeros(2, 4), ("b", "b")),
+        [(1.0, 5.0), (12.0, 5.0), (14.0, 7.0)],
     )
-    assert record["held_out_kl"] == 1.0 and record["domains"][1]["kl"] == 3.0
+    assert record["held_out_kl"] == 1.0
+    assert [domain["kl"] for domain in record["domains"]] == [1.0, 13.0]
+    assert [domain["source_loss"] for domain in record["domains"]] == [5.0, 6.0]
+    plan = SimpleNamespace(measured=record, method="mlakit")
+    found = dict(findings(plan))  # type: ignore[arg-type]
+    assert "b (not calibrated on) 13 " in found["KL by text"]
+    assert found["note"].startswith("texts disagree") and "b 10.8 times" in found["note"]
 
 
 class Talker:
@@ -239,9 +240,12 @@ def test_a_template_that_ends_turns_with_words_lets_the_model_go_on(drawing: Non
 def test_a_base_model_begins_with_bos_and_again_after_a_text(drawing: None) -> None:
     plain = Turns(chat_template=None)
     assert written(Talker([5, 6, 9, 0]), plain, 8) == [1, 5, 6, 9, 1, 5, 6, 9]
+    ends_with_bos = Talker([5, 6, 1])
+    ends_with_bos.generation_config = SimpleNamespace(eos_token_id=[1, 2])
+    assert written(ends_with_bos, plain, 7) == [1, 5, 6, 1, 5, 6, 1]
     no_bos = Turns(chat_template=None, bos_token_id=None)  # begins after the end of another text
-    assert read_script(Talker([]), no_bos) == Script([8], [], frozenset({8, 9}), dropped=1)
-    assert written(Talker([5, 6, 9, 0]), no_bos, 5) == [5, 6, 9, 8, 5]
+    assert read_script(Talker([]), no_bos) == Script([9], [], frozenset({8, 9}), dropped=1)
+    assert written(Talker([5, 6, 8, 0, 5, 9, 7]), no_bos, 8) == [5, 6, 8, 9, 5, 9, 7, 5]
     silent = Turns(chat_template=None, bos_token_id=None, eos_token_id=None)
     model = Talker([])
     model.generation_config = SimpleNamespace(eos_token_id=None)
@@ -322,7 +326,7 @@ def test_the_command_line_takes_several_texts(tiny: Path, tmp_path: Path) -> Non
     arguments += ["--check", str(tiny.parent / "two.txt"), "--calib-tokens", "1024"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    for part in ("prose (one.txt), self", "checked on", "by text", "two (not calibrated on)"):
+    for part in ("prose (one.txt), self", "checked on", "KL by text", "two (not calibrated on)"):
         assert part in result.output
     result = CliRunner().invoke(app, ["convert", str(tiny), "--equal-cache", "--calib", "self",
                                       "--dry-run"])  # fmt: skip

@@ -180,7 +180,7 @@ def test_windows_are_scored_alone(source: Subject, text: Path) -> None:
     cut = cut_windows(source, None, text=text, **SHORT, count=3)
     together = score_windows(source, None, cut).source_nll
     for index in range(3):
-        alone = type(cut)(cut.ids[index : index + 1], 48, 16, cut.text)
+        alone = type(cut)(cut.ids[index : index + 1], 48, 16, cut.text, cut.domains[:1])
         assert np.array_equal(score_windows(source, None, alone).source_nll[0], together[index])
 
 

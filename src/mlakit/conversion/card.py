@@ -190,14 +190,14 @@ def _domain_findings(domains: Sequence[dict[str, Any]]) -> list[tuple[str, str]]
     """The KL divergence on each text, where there are several, and whether they agree."""
     if len(domains) < 2:
         return []
-    listed = ", ".join(
+    listed = "; ".join(
         f"{domain['name']}{'' if domain['calibrated'] else ' (not calibrated on)'}"
-        f" {domain['kl']:.4g}"
+        f" {domain['kl']:.3g} (the source's own loss is {domain['source_loss']:.3g})"
         for domain in domains
     )
-    kl = {domain["name"]: domain["kl"] for domain in domains}
-    note = disagreement(kl, [domain["name"] for domain in domains if domain["calibrated"]])
-    found = [("by text", f"{listed} nats per token (KL divergence, held-out windows)")]
+    losses = {domain["name"]: (domain["kl"], domain["source_loss"]) for domain in domains}
+    note = disagreement(losses, [domain["name"] for domain in domains if domain["calibrated"]])
+    found = [("KL by text", f"{listed}; nats per token, held-out windows")]
     return [*found, ("note", note)] if note else found
 
 

@@ -74,6 +74,19 @@ class Head:
         return found
 
     @torch.no_grad()
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """``-log p`` of each token's next token, nats, ``[...]`` float64.
+
+        Args:
+            hidden: what the last layer gives, ``[..., D]``.
+            targets: the next tokens, ``[...]``.
+        """
+        states = self.norm(hidden.to(self.reader.device))
+        plain = (states * self.output[targets.to(self.reader.device)]).sum(-1)
+        logits = self.reader.family.logits(self.config, plain)
+        return self._normaliser(states) - logits.double()
+
+    @torch.no_grad()
     def _normaliser(self, states: torch.Tensor) -> torch.Tensor:
         """``log sum exp`` of the logits, ``[...]`` float64."""
         parts = [logits.double().logsumexp(-1) for _, logits, _ in self._slices(states)]

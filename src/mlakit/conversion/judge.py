@@ -88,14 +88,19 @@ class Judge:
         for stream in (self.source, self.result):
             stream.inputs(index).remove()
 
-    def divergence(self) -> list[float]:
-        """Mean KL divergence of the result's predictions from the source's, nats per token.
+    def divergence(self) -> list[tuple[float, float]]:
+        """How far the result's predictions are from the source's, on each window.
 
-        Of each window: the held-out ones, then the checks.
+        Returns:
+            The mean KL divergence, and the source's own loss beside it, nats per token; of the
+            held-out windows, then of the checks.
         """
         head, last = Head(self.reader), len(self.plan.layers)
         batches = zip(*(stream.inputs(last).batches(1) for stream in (self.source, self.result)))
-        found = [float(head.divergence(*batch).mean()) for batch in batches]
+        found = []
+        for (source, other), ids in zip(batches, self.source.windows.split(1), strict=True):
+            kl, loss = head.divergence(source, other), head.loss(source[:, :-1], ids[:, 1:])
+            found.append((float(kl.mean()), float(loss.mean())))
         for stream in (self.source, self.result):
             stream.inputs(last).remove()
         return found

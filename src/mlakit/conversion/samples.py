@@ -67,7 +67,8 @@ def read_script(model: Any, tokenizer: Any) -> Script:
     if tokenizer.bos_token_id is not None:
         return Script([tokenizer.bos_token_id], [], frozenset(ends))
     if ends:
-        return Script([min(ends)], [], frozenset(ends), dropped=1)
+        between = min(ends) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        return Script([between], [], frozenset(ends), dropped=1)
     raise UsageError(
         "self: the tokenizer has neither bos nor eos, so there is nothing to begin a sample with",
         remedy="give a text instead",
@@ -130,7 +131,8 @@ def _draw(
         drawn = torch.multinomial(chances, 1, generator=generator)[:, 0].tolist()
         for row, token in enumerate(drawn):
             if not waiting[row] and token in script.ends:
-                waiting[row] = [*script.answer] if not answering[row] else [token, *script.opening]
+                again = [token] * (token != script.opening[0]) + script.opening
+                waiting[row] = again if answering[row] else [*script.answer]
                 answering[row] = not script.answer or not answering[row]
             written[row].append(waiting[row].pop(0) if waiting[row] else token)
         tokens = torch.tensor([[row[-1]] for row in written], device=model.device)

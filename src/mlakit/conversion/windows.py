@@ -42,32 +42,33 @@ def held_out_count(windows: int) -> int:
     return max(1, windows // HELD_OUT)
 
 
-def held_out_record(windows: Windows, kl: Sequence[float]) -> dict[str, Any]:
-    """What a plan keeps of the KL divergence on held-out windows and then on checks.
+def held_out_record(windows: Windows, found: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """What a plan keeps of the measurements on held-out windows and then on checks.
 
     Args:
         windows: all of them.
-        kl: mean of each of these windows, nats per token.
+        found: of each of these windows the mean KL divergence and the source's own loss.
 
     Returns:
         ``held_out_kl``, the mean over the held-out windows, and ``domains``, one entry per text.
     """
     held_out = held_out_count(len(windows.ids))
     names = (*windows.domains[-held_out:], *windows.check_domains)
-    found: dict[str, list[float]] = {}
-    for name, value in zip(names, kl, strict=True):
-        found.setdefault(name, []).append(value)
+    by_text: dict[str, list[tuple[float, float]]] = {}
+    for name, pair in zip(names, found, strict=True):
+        by_text.setdefault(name, []).append(pair)
     length = windows.ids.shape[1]
     return {
-        "held_out_kl": sum(kl[:held_out]) / held_out,
+        "held_out_kl": sum(kl for kl, _ in found[:held_out]) / held_out,
         "domains": [
             {
                 "name": name,
                 "calibrated": name in windows.domains,
-                "tokens": len(values) * length,
-                "kl": sum(values) / len(values),
+                "tokens": len(pairs) * length,
+                "kl": sum(kl for kl, _ in pairs) / len(pairs),
+                "source_loss": sum(loss for _, loss in pairs) / len(pairs),
             }
-            for name, values in found.items()
+            for name, pairs in by_text.items()
         ],
     }
 

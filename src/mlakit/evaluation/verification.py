@@ -14,6 +14,7 @@ from mlakit.evaluation.quality import (
     cut_windows,
     kl_divergence,
     open_texts,
+    token_nll,
 )
 from mlakit.evaluation.subject import ModelLike, Subject, open_pair
 from mlakit.nn.hf import attention_specs
@@ -90,7 +91,7 @@ def check(
     if theirs is None:
         raise UsageError("verify needs a source and a result")
     cut = cut_windows(ours, theirs, text=text, count=windows)
-    compared = [_compare(ours, theirs, ids[:-1], cut.prefix_length) for ids in cut.ids]
+    compared = [_compare(ours, theirs, ids, cut.prefix_length) for ids in cut.ids]
     found = {name: _worst([window.differences[name] for window in compared]) for name in PROMISES}
     kl = torch.cat([window.kl for window in compared])
     length = whole_pages(cut.ids.shape[1] - 1)
@@ -110,32 +111,41 @@ def check(
         result_bytes=measure_cache(theirs, length).measured_bytes / length,
         tolerance=tolerance,
         tokens=len(kl),
-        domains=_by_domain(cut.domains, [float(window.kl.mean()) for window in compared]),
+        domains=_by_domain(cut.domains, compared),
         promises=promises,
         failures=failures,
     )
 
 
-def _by_domain(names: tuple[str, ...], kl: list[float]) -> dict[str, float]:
-    """Mean KL of each text where there are several; their windows are equally long."""
-    found: dict[str, list[float]] = {}
-    for name, value in zip(names, kl, strict=True):
-        found.setdefault(name, []).append(value)
-    if len(found) == 1:
+def _by_domain(names: tuple[str, ...], found: list[_Compared]) -> dict[str, tuple[float, float]]:
+    """Mean KL and source loss of each text where there are several."""
+    if len(set(names)) == 1:
         return {}
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    windows = {name: [w for n, w in zip(names, found, strict=True) if n == name] for name in names}
+    return {
+        name: (
+            float(torch.cat([window.kl for window in several]).mean()),
+            float(torch.cat([window.loss for window in several]).mean()),
+        )
+        for name, several in windows.items()
+    }
 
 
 class _Compared(NamedTuple):
-    """One window: differences by the names of `PROMISES`; KL and equal top tokens, [S] each."""
+    """One window: differences by the names of `PROMISES`; the others are [S] each.
+
+    KL, equal top tokens, and the source's loss.
+    """
 
     differences: dict[str, Difference]
     kl: torch.Tensor
     same_top1: torch.Tensor
+    loss: torch.Tensor
 
 
 @torch.inference_mode()
 def _compare(source: Subject, result: Subject, ids: torch.Tensor, prefix_length: int) -> _Compared:
+    ids, targets = ids[:-1], ids[prefix_length + 1 :]
     one_pass, cached = [], []
     for model in (source.model, result.model):
         output = model(
@@ -150,9 +160,8 @@ def _compare(source: Subject, result: Subject, ids: torch.Tensor, prefix_length:
         "one_pass": _difference(*one_pass),
         "through_cache": _difference(*cached),
     }
-    return _Compared(
-        differences, kl_divergence(*cached), cached[0].argmax(-1) == cached[1].argmax(-1)
-    )
+    same_top1 = cached[0].argmax(-1) == cached[1].argmax(-1)
+    return _Compared(differences, kl_divergence(*cached), same_top1, token_nll(cached[0], targets))
 
 
 def _difference(reference: torch.Tensor, other: torch.Tensor) -> Difference:

@@ -6,29 +6,37 @@ import statistics
 from collections.abc import Collection, Mapping
 
 FACTOR = 2.0
-"""A text whose KL is so many times the usual one was not served by the calibration. Kinds of text
-that are calibrated on differ by less (docs/conversion.md), and windows of one text by far less."""
+"""A text that loses so many times the usual share was not served by the calibration: the shares of
+kinds of text that were calibrated on differ by less (docs/conversion.md)."""
 
 
-def disagreement(kl: Mapping[str, float], calibrated: Collection[str] = ()) -> str | None:
+def disagreement(
+    losses: Mapping[str, tuple[float, float]], calibrated: Collection[str] = ()
+) -> str | None:
     """A sentence where held-out texts disagree, or None.
 
+    A text that the source itself reads badly has a larger KL divergence whatever it was calibrated
+    on, so each is taken as a share of the source's own loss.
+
     Args:
-        kl: mean KL divergence of the result from the source on each text, nats per token.
+        losses: on each text the mean KL divergence of the result from the source, and the source's
+            own log loss, nats per token.
         calibrated: the names of those that were calibrated on; all where nobody knows.
 
     Returns:
-        Which texts are above FACTOR times the median of the calibrated ones (of two the lower).
+        Which shares are above FACTOR times the median of the calibrated ones (of two the lower).
     """
-    usual = [value for name, value in kl.items() if not calibrated or name in calibrated]
-    if len(kl) < 2 or not usual:
+    shares = {name: kl / max(loss, 1e-9) for name, (kl, loss) in losses.items()}
+    usual = [share for name, share in shares.items() if not calibrated or name in calibrated]
+    if len(shares) < 2 or not usual:
         return None
-    reference = statistics.median_low(usual)
-    far = {name: value / reference for name, value in kl.items() if value > FACTOR * reference}
+    reference = max(statistics.median_low(usual), 1e-9)
+    far = {name: share / reference for name, share in shares.items() if share > FACTOR * reference}
     if not far:
         return None
     worst = ", ".join(f"{name} {ratio:.1f} times" for name, ratio in far.items())
     return (
-        f"texts disagree: the KL divergence on {worst} the median of the texts calibrated on;"
-        " calibrate with texts of every kind that the model will see (--calib, repeatable)"
+        f"texts disagree: as a share of the source's own loss, the KL divergence on {worst} the"
+        " median of the texts calibrated on; calibrate with texts of every kind that the model"
+        " will see (--calib, repeatable)"
     )

@@ -318,7 +318,8 @@ class Verification(Record):
         result_bytes: cache bytes per token of the result.
         tolerance: rms difference that rounding explains in the coarser dtype of the two.
         tokens: continuation tokens compared.
-        domains: mean KL of each text where there were several.
+        domains: mean KL and the source's own loss, nats per token, of each text where there
+            were several.
         promises: what was checked, in words.
         failures: which of them were not kept, and by how much; empty when all is well.
     """
@@ -335,7 +336,7 @@ class Verification(Record):
     result_bytes: float
     tolerance: float
     tokens: int
-    domains: dict[str, float] = Field(default_factory=dict)
+    domains: dict[str, tuple[float, float]] = Field(default_factory=dict)
     promises: list[str]
     failures: list[str]
 

@@ -108,8 +108,12 @@ def _domain_rows(report: Report) -> list[Row]:
 
 def notes(report: Report) -> list[str]:
     """What the numbers warn of, one sentence each."""
-    kl = {domain.name: domain.kl.value for domain in report.domains if domain.kl is not None}
-    return list(filter(None, [disagreement(kl)]))
+    losses = {
+        domain.name: (domain.kl.value, domain.source_nll.value)
+        for domain in report.domains
+        if domain.kl is not None
+    }
+    return list(filter(None, [disagreement(losses)]))
 
 
 def _recall_rows(recall: Recall | None) -> list[Row]:
@@ -168,7 +172,10 @@ def verification_rows(found: Verification) -> list[Row]:
         Row("KL, mean", number(found.kl_mean), note="nats per token"),
         Row("KL, largest", number(found.kl_max), note="nats per token"),
         Row("top-1 agreement", percent(100 * found.top1), note=f"{found.tokens:,} tokens"),
-        *(Row(f"KL on {name}", number(kl)) for name, kl in found.domains.items()),
+        *(
+            Row(f"KL on {name}", number(kl), note=f"the source's own loss is {number(loss)}")
+            for name, (kl, loss) in found.domains.items()
+        ),
     ]
 
 
