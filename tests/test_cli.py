@@ -152,7 +152,7 @@ def test_the_whole_job(shared: Path, tmp_path: Path) -> None:
 def test_compress_and_refuse_below_threshold(shared: Path, tmp_path: Path) -> None:
     source, text = shared / "models" / "stories260k", shared / "data/tinystories/train.txt"
     small = tmp_path / "small"
-    options = ["--cache-ratio", "0.5", "--calib", text, "--calib-tokens", 4096]
+    options = ["--cache-ratio", "0.5", "--calib", text, "--calib-tokens", 4096, "--refine-steps", 0]
     assert run("convert", source, "-o", small, *options).returncode == 0
     done = run("verify", source, small, "--text", text, "--max-kl", 1e-6)
     assert done.returncode == 4 and "KL" in done.stderr
