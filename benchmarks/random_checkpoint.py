@@ -20,13 +20,14 @@ SHAPES = {
 """D, H, G, d and the width of the feed-forward block."""
 
 
-def write_checkpoint(folder: Path, shape: str, layers: int) -> None:
+def write_checkpoint(folder: Path, shape: str, layers: int, context: int = 8192) -> None:
     """A llama of random bfloat16 weights, one shard per layer, and the demo model's tokenizer.
 
     Args:
         folder: made if needed.
         shape: key of SHAPES.
         layers: how many.
+        context: longest context of its config, and so of a calibration window.
     """
     hidden, heads, groups, dim, inner = SHAPES[shape]
     config = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
@@ -37,7 +38,7 @@ def write_checkpoint(folder: Path, shape: str, layers: int) -> None:
         "head_dim": dim,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": context,
         "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
         "tie_word_embeddings": False,
     }

@@ -67,10 +67,10 @@ def test_a_trial_errs_as_the_uncut_student_does(case: str, tmp_path: Path, text:
 
 @pytest.mark.parametrize("case", FIRST)
 @torch.no_grad()
-def test_a_bfloat16_block_is_within_its_rounding_of_float32(
+def test_a_bfloat16_layer_is_within_its_rounding_of_float32(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Matrices are the same numbers either way; activations inside the block round to 2^-9."""
+    """Matrices are the same numbers either way; what they take and give rounds to 2^-9."""
     checkpoint = open_checkpoint(save(tmp_path, case, dtype=torch.bfloat16))
     reader = LayerReader(checkpoint, read_model(checkpoint.config), torch.device("cpu"))
     torch.manual_seed(0)
@@ -78,11 +78,11 @@ def test_a_bfloat16_block_is_within_its_rounding_of_float32(
     for narrow in (False, True):
         monkeypatch.setattr(stream, "cpu_multiplies_bfloat16", lambda narrow=narrow: narrow)
         model = reader.layer(0)
-        weight = next(model.layers[0].mlp.parameters())
-        assert weight.dtype == (torch.bfloat16 if narrow else torch.float32)
+        dtypes = {part.dtype for part in model.layers[0].parameters() if part.dim() > 1}
+        assert dtypes == {torch.bfloat16 if narrow else torch.float32}
         out = model(inputs_embeds=hidden, use_cache=False).last_hidden_state
         assert out.dtype == torch.float32
         found[narrow] = out
     error = float((found[True] - found[False]).norm() / found[False].norm())
-    assert 0 < error < 0.02, "a few roundings of 2^-9, in a block that is part of the sum"
+    assert 0 < error < 0.03, "a few roundings of 2^-9; attention of these models is sharp"
     assert FAMILIES[case.split("-")[0]] is reader.family and case in CASES

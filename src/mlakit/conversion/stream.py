@@ -163,21 +163,28 @@ class LayerReader:
     def layer(self, index: int) -> Any:
         """A model of this one layer, float32; call it with ``inputs_embeds``.
 
-        Its ``last_hidden_state`` is what the layer gives to the next one. A feed-forward block
-        that is stored in bfloat16 stays so where the device multiplies it fast, as the source
-        itself runs: most of a layer's weights are then pages of the checkpoint's own file.
+        Its ``last_hidden_state`` is what the layer gives to the next one. Matrices that are
+        stored in bfloat16 stay so where the device multiplies them fast, as the source itself
+        runs; they are then pages of the checkpoint's own file. All between them is float32.
         """
         model = self._skeleton(index)
-        tensors = module_tensors(self.tensors(index), self.family)
-        block = {name for name in tensors if name.startswith("mlp.")}
-        narrow = {tensors[name].dtype for name in block} == {torch.bfloat16}
-        narrow = narrow and multiplies_bfloat16(self.device)
-        for name in tensors.keys() - (block if narrow else set()):
+        layer, tensors = model.layers[0], module_tensors(self.tensors(index), self.family)
+        attention = {
+            f"self_attn.{name}": module
+            for name, module in layer.self_attn.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        parts = {**attention, "mlp": layer.mlp} if multiplies_bfloat16(self.device) else {}
+        stays: set[str] = set()
+        for prefix, module in parts.items():
+            names = {name for name in tensors if name.startswith(f"{prefix}.")}
+            if {tensors[name].dtype for name in names} == {torch.bfloat16}:
+                stays |= names
+                module.register_forward_pre_hook(_narrow)
+                module.register_forward_hook(_widen)
+        for name in tensors.keys() - stays:
             tensors[name] = tensors[name].float()
-        model.layers[0].load_state_dict(tensors, assign=True)
-        if narrow:
-            model.layers[0].mlp.register_forward_pre_hook(_narrow)
-            model.layers[0].mlp.register_forward_hook(_widen)
+        layer.load_state_dict(tensors, assign=True)
         model.norm = nn.Identity()
         return model.to(self.device)
 
