@@ -53,7 +53,7 @@ def measure(model: Path, work: Path, tokens: int, steps: int) -> dict[str, Any]:
     """One conversion and its estimate."""
     options = [
         *("convert", str(model), "--cache-ratio", "0.5", "--json"),
-        *("--calibration-tokens", str(tokens), "--refine-steps", str(steps)),
+        *("--calib-tokens", str(tokens), "--refine-steps", str(steps)),
     ]
     start = time.perf_counter()
     planned = last_line_of("--child", *options, "--dry-run", whole=True)

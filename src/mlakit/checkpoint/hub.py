@@ -11,6 +11,9 @@ from mlakit.checkpoint.header import ShardHeader, parse_header, read_header
 from mlakit.checkpoint.writing import INDEX_NAME, SIDE_FILES
 from mlakit.errors import MlakitError
 
+HEADER_BYTES = 2**17
+"""Asked for at once where a header is read over the network: most headers are shorter."""
+
 
 @dataclass(frozen=True)
 class Files:
@@ -59,7 +62,10 @@ def hub_files(model: str) -> Files:
         if (folder / name).exists():
             return read_header(folder / name)
         address = f"{model}@{revision}/{name}"
-        with _hub_errors(model), HfFileSystem().open(address, "rb", block_size=2**20) as file:
+        with (
+            _hub_errors(model),
+            HfFileSystem().open(address, "rb", block_size=HEADER_BYTES) as file,
+        ):
             return parse_header(file, file.size, f"{model}/{name}")
 
     return Files(folder, revision, frozenset(names), fetch, header)
