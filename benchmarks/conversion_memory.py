@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-
 from benchmarks.random_checkpoint import SHAPES, write_checkpoint
 from benchmarks.resident import Resident
+
 from mlakit.benching.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +94,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
             ):
                 sizes = [row[key] / 2**20 for row in found]
                 panel.plot(layers, sizes, style, color=colour, label=f"{name}, {what}")
-        hidden, heads, groups, dim, inner = SHAPES[shape]
+        hidden, heads, groups, dim, _ = SHAPES[shape]
         panel.set_title(f"{shape}: D {hidden}, {heads} heads on {groups} x {dim}", fontsize=8)
         panel.set_ylim(bottom=0)
         panel.set_xticks(sorted({row["layers"] for row in rows if row["shape"] == shape}))

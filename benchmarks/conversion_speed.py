@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.resident import Resident
+
 from mlakit.benching.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,7 @@ def published(model: Path, output: Path, tokens: int, checkout: Path) -> dict[st
     """One conversion of the published code's; seconds of its steps."""
     start = time.perf_counter()
     from benchmarks.published_transmla import convert
+
     from mlakit.checkpoint import open_checkpoint
     from mlakit.conversion.budget import Goal
     from mlakit.conversion.calibrate import choose_windows

@@ -21,8 +21,12 @@ def client(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess
     """The command line in a process whose hub is this one and whose cache is empty at first."""
     environment = {
         **os.environ,
-        "HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*",
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "no_proxy": "*",
     }
     program = "import sys; from mlakit.cli import main; sys.exit(main())"
     return subprocess.run(
