@@ -16,8 +16,7 @@ from torch.nn import functional
 
 from mlakit.conversion.adapt import source_weights
 from mlakit.conversion.factor import AttentionWeights, compress_query
-from mlakit.conversion.forecast import BATCH_TOKENS
-from mlakit.conversion.head import VOCABULARY_SLICE
+from mlakit.conversion.forecast import BATCH_TOKENS, VOCABULARY_SLICE
 from mlakit.conversion.rotate import Rotation
 from mlakit.conversion.stream import LayerReader, run_layer
 from mlakit.conversion.windows import held_out_count

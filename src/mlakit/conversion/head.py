@@ -6,10 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from mlakit.conversion.forecast import VOCABULARY_SLICE
 from mlakit.conversion.stream import LayerReader
-
-VOCABULARY_SLICE = 8192
-"""Rows of the output matrix that are multiplied at once."""
 
 
 class Head:

@@ -39,3 +39,18 @@ def cpu_flops() -> float:
         np.matmul(a, a)
         best = min(best, time.perf_counter() - start)
     return 2.0 * SIZE**3 / best
+
+
+@cache
+def cpu_bytes_per_second() -> float:
+    """Bytes that one pass of a simple operation over large arrays reads and writes per second."""
+    import numpy as np
+
+    a = np.ones(2**23, dtype=np.float32)
+    out = np.empty_like(a)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        np.add(a, a, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * a.nbytes / best

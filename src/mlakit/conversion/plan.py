@@ -15,7 +15,8 @@ from mlakit.checkpoint import Checkpoint, write_json_atomic
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.conversion.budget import Goal, engine_choice, target_layer
 from mlakit.conversion.domains import Calibration, plan_texts, text_warnings, with_samples
-from mlakit.conversion.forecast import Estimate, forecast_cost, forecast_warnings
+from mlakit.conversion.forecast import Estimate, forecast_warnings
+from mlakit.conversion.needs import forecast_cost
 from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.engines.targets import TARGETS, adaptations, require_expressible
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
@@ -164,7 +165,9 @@ class ConversionPlan:
 
     def write(self, folder: Path, status: Literal["running", "complete"]) -> None:
         """Writes ``plan.json``, atomically."""
-        write_json_atomic(folder / PLAN_NAME, self.as_dict(status))
+        content = self.as_dict(status)
+        del content["estimate"]["seconds"]  # says how busy the machine was, not what is made
+        write_json_atomic(folder / PLAN_NAME, content)
 
 
 def make_plan(

@@ -19,14 +19,11 @@ import torch
 from safetensors.torch import load_file, save
 
 from mlakit.checkpoint.writing import atomic_file
-from mlakit.conversion.forecast import SENSITIVITY_TOKENS
+from mlakit.conversion.forecast import SENSITIVITY_BATCH, SENSITIVITY_TOKENS
 from mlakit.conversion.head import Head
 from mlakit.conversion.plan import Progress
 from mlakit.conversion.stream import Activations, LayerReader, Stream
 from mlakit.errors import MlakitError
-
-BATCH_TOKENS = 1024
-"""Tokens that go backwards through a layer together."""
 
 
 class Sensitivity:
@@ -53,7 +50,7 @@ class Sensitivity:
         self.reader, self.windows, self.work = reader, windows[rows], work
         self.seed, self.progress = seed, progress
         self.count = reader.spec.num_hidden_layers
-        size = max(1, BATCH_TOKENS // windows.shape[1])
+        size = max(1, SENSITIVITY_BATCH // windows.shape[1])
         self.stream = Stream(work, "sense", self.windows, reader, size)
 
     def collect(self) -> None:

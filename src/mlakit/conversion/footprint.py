@@ -1,0 +1,131 @@
+"""Peak memory of a conversion, as a sum of named parts per phase. No torch.
+
+Each part is something that the code holds at that time; pages of mapped files (weights that stay
+as they are stored) are not counted, because the kernel may drop them. Where tensors of one kind
+come and go within an expression, the part is the most that is held of them at once.
+"""
+
+from __future__ import annotations
+
+from mlakit.conversion.dimensions import Dimensions
+from mlakit.conversion.forecast import (
+    BATCH_TOKENS,
+    SENSITIVITY_BATCH,
+    STEP_TOKENS,
+    VOCABULARY_SLICE,
+)
+
+LIBRARIES = 370 * 2**20
+"""Own pages of Python with torch, transformers and a tokenizer loaded."""
+
+Parts = dict[str, int]
+
+
+def footprint(size: Dimensions, *, survey: bool, sensed: bool, refined: bool) -> dict[str, Parts]:
+    """Bytes of every part by phase; the peak is the phase with the largest sum.
+
+    Args:
+        size: of the layer and the calibration.
+        survey: the method looks at attention (``mlakit``), not only at moments of inputs.
+        sensed: gradients of the predictions are taken.
+        refined: gradient steps follow.
+    """
+    phases = {"write": _writing(size)}
+    if size.tokens:
+        phases["moments"] = _observing(size, attention=survey)
+    if survey:
+        phases["choose"] = _choosing(size)
+    if sensed:
+        phases["sensitivity"] = _sensing(size)
+    if refined:
+        phases["refine"] = _refining(size)
+    return {name: {"libraries": LIBRARIES, **parts} for name, parts in phases.items()}
+
+
+def peak(phases: dict[str, Parts]) -> int:
+    """Bytes of the largest phase."""
+    return max(sum(parts.values()) for parts in phases.values())
+
+
+def _layer(size: Dimensions) -> int:
+    """Matrices of a source layer that are pages of the process's own."""
+    return 0 if size.stored else 4 * (size.source + size.block)
+
+
+def _forward(size: Dimensions, tokens: int) -> int:
+    """Activations of one batch: states, queries, keys, values; then those of the block."""
+    attention = 4 * (5 * size.hidden + 3 * size.query + 2 * size.width)
+    block = 4 * 4 * size.hidden + (2 if size.stored else 4) * 3 * size.inner
+    return min(tokens, size.tokens) * max(attention, block)
+
+
+def _scores(size: Dimensions, copies: int) -> int:
+    """Several ``[H, T, T]`` float32."""
+    return 4 * copies * size.heads * size.window**2
+
+
+def _observing(size: Dimensions, attention: bool) -> Parts:
+    row = size.hidden + 1
+    parts = {
+        "layer": _layer(size),
+        "float64 weights": 8 * size.source,
+        "batch": _forward(size, BATCH_TOKENS),
+        "moments": (8 + 8 * attention + 4) * row**2,
+    }
+    if attention:
+        parts |= {
+            "float32 weights": 4 * size.shared,
+            "attention of a window": _scores(size, 6),
+            "metric of outputs": 8 * size.hidden**2,
+            "held-out windows": 2 * 4 * size.hidden * size.held_out,
+        }
+    return parts
+
+
+def _choosing(size: Dimensions) -> Parts:
+    heads = 4 * (size.query + size.width + size.hidden) * size.held_out
+    value_metric = 8 * (2 * size.query**2 + size.hidden * size.query)
+    axes = 8 * (2 * size.width * size.hidden + 6 * size.width**2)
+    trial = 4 * size.source + heads + _scores(size, 4)
+    return {
+        "float64 weights": 8 * size.source,
+        "moments": 2 * 8 * (size.hidden + 1) ** 2,
+        "metric of outputs": 8 * size.hidden**2,
+        "held-out windows": 2 * 4 * size.hidden * size.held_out,
+        "trial, metric of values or axes": max(trial, value_metric, axes),
+    }
+
+
+def _sensing(size: Dimensions) -> Parts:
+    tokens = min(SENSITIVITY_BATCH, size.tokens)
+    saved = 4 * (10 * size.hidden + 4 * size.query + 2 * size.width) + 6 * 2 * size.inner
+    logits = min(VOCABULARY_SLICE, size.vocabulary) * (8 * 4 * tokens + 4 * size.hidden)
+    return {
+        "layer": _layer(size),
+        "saved for the way down": tokens * saved,
+        "matrix": (8 + 4 + 4) * size.hidden**2,
+        "slice of the vocabulary": logits,
+    }
+
+
+def _writing(size: Dimensions) -> Parts:
+    axes = 8 * size.width * (size.hidden + size.width) if size.tokens else 0
+    return {
+        "float64 weights": 8 * size.source,
+        "axes": axes,
+        "converted layer": 2 * 8 * size.target,
+    }
+
+
+def _refining(size: Dimensions) -> Parts:
+    tokens = min(STEP_TOKENS, size.tokens)
+    saved = 4 * (6 * size.hidden + 4 * size.heads * (size.head + size.rope) + 3 * size.query)
+    return {
+        "layer": _layer(size),
+        "float64 layer": 8 * size.target,
+        "converted layer, its best state and a copy": 3 * 4 * size.target,
+        "gradients and Adam": 3 * 4 * size.target,
+        "saved for the way down": tokens * saved,
+        "attention of a step": 2 * 4 * size.heads * tokens * size.window,
+        "metric of outputs": 3 * 4 * size.hidden**2,
+    }

@@ -1,0 +1,65 @@
+"""What a conversion will need: peak memory, disk and time, from its plan alone. No torch here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlakit.conversion import workload
+from mlakit.conversion.dimensions import Dimensions, dimensions
+from mlakit.conversion.footprint import footprint, peak
+from mlakit.conversion.forecast import SENSITIVITY_TOKENS, Estimate
+from mlakit.conversion.rotary_sizes import freqfold_candidates
+from mlakit.conversion.workload import Work
+from mlakit.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from mlakit.conversion.plan import ConversionPlan
+
+
+def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estimate:
+    """Peak memory of the largest phase, the result and work files on disk, and the time."""
+    size, goal = dimensions(plan, model, device), plan.goal
+    survey = goal.method == "mlakit" and plan.calibration is not None
+    refined = plan.calibration is not None and goal.steps > 0
+    sensed = goal.has("downstream") or (refined and goal.weighs_predictions)
+    phases = footprint(size, survey=survey, sensed=sensed, refined=refined)
+    new = [tensor for tensor in plan.tensors if not tensor.copied]
+    last = sum(tensor.nbytes for tensor in new if tensor.shard == plan.shards)
+    work = Work()
+    if plan.calibration is None:
+        work += workload.equal_cache(size)
+    else:
+        work += workload.writing(size)
+        if survey:
+            work += workload.survey(size, passes=1 if goal.has("frequencies") else 2)
+        else:
+            work += workload.moments(size, folds=_folds(plan))
+        if sensed:
+            work += workload.sensitivity(size)
+        if refined:
+            work += workload.refinement(size, goal.steps)
+    work = work.times(size.layers)
+    if sensed:
+        work += workload.predictions(size)
+    disk = plan.nbytes + _work_files(size, survey=survey, sensed=sensed, refined=refined)
+    seconds = workload.seconds(work, size, device)
+    return Estimate(max(peak(phases), last), disk, round(seconds, 1))
+
+
+def _folds(plan: ConversionPlan) -> int:
+    if plan.goal.freqfold != "auto":
+        return 0
+    rope = plan.target.qk_rope_head_dim or 2
+    return len(freqfold_candidates(plan.source_layer.rotary_dim, rope))
+
+
+def _work_files(size: Dimensions, *, survey: bool, sensed: bool, refined: bool) -> int:
+    """Bytes beside the result while it is made."""
+    states, keys = 4 * size.hidden * size.tokens, size.width // 2
+    found = 2 * states + 8 * keys**2 * size.layers
+    if survey:
+        found += 8 * size.width * (size.width + size.hidden) * size.layers
+    if sensed:
+        tokens = min(size.tokens, SENSITIVITY_TOKENS)
+        found += 4 * size.hidden * ((size.layers + 2) * tokens + size.layers * size.hidden)
+    return found + (3 * states if refined else 0)

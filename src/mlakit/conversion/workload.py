@@ -1,0 +1,173 @@
+"""Time of a conversion: operations of each kind per phase, over the speed of each kind. No torch.
+
+Counted are products of matrices, and passes over large intermediates as bytes; per layer, so that
+depth is a factor. A processor's speed is measured when the plan is made (``machine``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from mlakit.conversion.dimensions import Dimensions
+from mlakit.conversion.forecast import (
+    CHECKS,
+    CUDA_FLOPS,
+    DISK_BYTES_PER_SECOND,
+    HELD_OUT,
+    SENSITIVITY_TOKENS,
+    STEP_TOKENS,
+)
+from mlakit.conversion.machine import cpu_bytes_per_second, cpu_flops
+
+BFLOAT16_SPEED = 3.5
+"""Products with bfloat16 instructions over float32 ones: twice the numbers per register, twice the
+products per instruction; less what memory takes."""
+
+FLOAT64_SPEED = 0.5
+"""Half the numbers per register."""
+
+CANDIDATES = 10
+"""Rotations that are tried per layer: five shrinkages, two schedules."""
+
+LAYER_SECONDS = 0.5
+"""Building modules and configs of one layer, a few times."""
+
+START_SECONDS = 5.0
+"""Importing torch and transformers, and cutting the text into tokens."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations by kind: products in float32, in the stored dtype and in float64; bytes passed
+    over in memory, and bytes written to disk."""
+
+    float32: float = 0.0
+    stored: float = 0.0
+    float64: float = 0.0
+    passed: float = 0.0
+    written: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def times(self, factor: float) -> Work:
+        """So many times as much."""
+        return Work(*(factor * getattr(self, f.name) for f in fields(self)))
+
+
+def seconds(work: Work, size: Dimensions, device: str) -> float:
+    """Time of this work; on a GPU that of no measured one."""
+    if device.startswith("cuda"):
+        operations = work.float32 + work.stored + work.float64
+        return START_SECONDS + operations / CUDA_FLOPS + work.written / DISK_BYTES_PER_SECOND
+    speed = cpu_flops()
+    return (
+        START_SECONDS
+        + LAYER_SECONDS * size.layers
+        + work.float32 / speed
+        + work.stored / (speed * (BFLOAT16_SPEED if size.stored else 1.0))
+        + work.float64 / (speed * FLOAT64_SPEED)
+        + work.passed / cpu_bytes_per_second()
+        + work.written / DISK_BYTES_PER_SECOND
+    )
+
+
+def forward(size: Dimensions) -> Work:
+    """One token through one source layer."""
+    narrow = 2 * (size.source + size.active)
+    bytes_passed = 4 * (24 * size.hidden + 6 * size.query) + 12 * size.inner
+    return Work(stored=narrow, passed=bytes_passed) + _attention(size, size.head)
+
+
+def student(size: Dimensions) -> Work:
+    """One token through one converted attention, float32."""
+    own = Work(float32=2 * size.target, passed=4 * 8 * size.query)
+    return own + _attention(size, size.head + size.rope, copies=6)
+
+
+def _attention(size: Dimensions, key: int, copies: int = 2) -> Work:
+    """Scores and values of one token over its window; what passes through memory."""
+    return Work(
+        float32=2 * size.window * size.heads * (key + size.head),
+        passed=4 * copies * size.heads * size.window,
+    )
+
+
+def survey(size: Dimensions, passes: int) -> Work:
+    """The source's forward with its statistics, the choice of rotations, the axes."""
+    fitted, row = size.tokens - size.held_out, size.hidden + 1
+    seen = Work(float32=2 * size.shared + 4 * row**2 + 4 * size.query * size.head)
+    seen += _attention(size, 2 * size.head, copies=16)
+    tried = Work(float32=2 * size.query * size.hidden + 2 * size.hidden**2)
+    tried += _attention(size, size.head + size.rope, copies=10)
+    keys, width = size.width // 2, size.width
+    algebra = Work(
+        float64=2 * keys * row**2
+        + 2 * size.query * size.hidden * (size.query + size.hidden)
+        + 2 * width * row**2
+        + 4 * width**2 * row
+        + 2 * (4 + 9 / 2) * width**3
+        + 9 * keys**3,
+        passed=8 * 10 * (size.source + width * row),
+        written=8 * width * (row + width),
+    )
+    read = Work(written=4 * size.hidden).times(size.tokens)
+    once = forward(size).times(size.tokens) + seen.times(fitted) + read
+    return once.times(passes) + tried.times(CANDIDATES * size.held_out) + algebra
+
+
+def moments(size: Dimensions, folds: int) -> Work:
+    """The published method: two forwards with second moments, and one per fold that is tried."""
+    token = forward(size) + Work(float32=2 * (size.hidden + 1) ** 2, written=4 * size.hidden)
+    tried = forward(size).times(folds * size.tokens / HELD_OUT)
+    algebra = Work(float64=9 * size.width**3 + 4 * size.width * (size.hidden + 1) ** 2)
+    return token.times(2 * size.tokens) + tried + algebra
+
+
+def sensitivity(size: Dimensions) -> Work:
+    """Up once, down once with a forward of its own, and the matrix."""
+    tokens = min(SENSITIVITY_TOKENS, size.tokens - size.held_out)
+    token = forward(size).times(3) + _attention(size, size.head, copies=6)
+    token += Work(float32=2 * size.hidden**2, written=3 * 4 * size.hidden)
+    return token.times(tokens)
+
+
+def predictions(size: Dimensions) -> Work:
+    """The vocabulary, once for all layers: three products per sensed token, two per judged one."""
+    tokens = 3 * min(SENSITIVITY_TOKENS, size.tokens - size.held_out) + 2 * size.held_out
+    logits = Work(float32=2 * size.hidden * size.vocabulary, passed=60 * size.vocabulary)
+    return logits.times(tokens)
+
+
+def refinement(size: Dimensions, steps: int) -> Work:
+    """Source and converted layer over all tokens, the steps, the checks between them."""
+    whole = forward(size) + forward(size) + student(size) + Work(written=3 * 4 * size.hidden)
+    weigh = Work(float32=2 * size.hidden**2)
+    step = (student(size) + weigh).times(3 * steps * STEP_TOKENS)
+    checks = (student(size) + weigh).times((min(steps, CHECKS) + 2) * size.held_out)
+    update = Work(passed=4 * 12 * size.target).times(steps)
+    return whole.times(size.tokens) + step + checks + update
+
+
+def writing(size: Dimensions) -> Work:
+    """The tensors at their rank, the bound of the latent, the shard, and the held-out windows."""
+    algebra = Work(
+        float64=2 * size.query * size.rope * size.hidden
+        + 4 * size.query * size.head * size.rank
+        + 2 * size.rank**2 * size.hidden
+        + 3 * size.rank**3,
+        passed=8 * 6 * (size.source + size.target),
+        written=2 * (size.target + size.block),
+    )
+    judged = forward(size).times(2) + student(size).times(3)
+    return algebra + judged.times(size.held_out)
+
+
+def equal_cache(size: Dimensions) -> Work:
+    """Decompositions of keys and values."""
+    keys = size.width // 2
+    return Work(
+        float64=8 * keys * size.hidden * size.head + 20 * keys**3,
+        written=2 * (size.target + size.block),
+        passed=8 * 6 * size.source,
+    )
