@@ -76,6 +76,7 @@ def _observing(size: Dimensions, attention: bool) -> Parts:
         parts |= {
             "float32 weights": 4 * size.shared,
             "attention of a window": _scores(size, 6),
+            "heads of a window": 4 * 8 * size.query * size.window,
             "metric of outputs": 8 * size.hidden**2,
             "held-out windows": 2 * 4 * size.hidden * size.held_out,
         }
@@ -119,13 +120,13 @@ def _writing(size: Dimensions) -> Parts:
 
 def _refining(size: Dimensions) -> Parts:
     tokens = min(STEP_TOKENS, size.tokens)
-    saved = 4 * (6 * size.hidden + 4 * size.heads * (size.head + size.rope) + 3 * size.query)
+    saved = 4 * (3 * size.hidden + 2 * size.heads * (size.head + size.rope) + 3 * size.query)
     return {
         "layer": _layer(size),
-        "float64 layer": 8 * size.target,
-        "converted layer, its best state and a copy": 3 * 4 * size.target,
+        "float64 layer": 8 * (size.target - size.query * size.hidden),
+        "converted layer and its best state": 2 * 4 * size.target,
         "gradients and Adam": 3 * 4 * size.target,
         "saved for the way down": tokens * saved,
-        "attention of a step": 2 * 4 * size.heads * tokens * size.window,
+        "attention of a step": 3 * 4 * size.heads * tokens * size.window,
         "metric of outputs": 3 * 4 * size.hidden**2,
     }

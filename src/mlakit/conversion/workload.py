@@ -19,12 +19,18 @@ from mlakit.conversion.forecast import (
 )
 from mlakit.conversion.machine import cpu_bytes_per_second, cpu_flops
 
-BFLOAT16_SPEED = 3.5
-"""Products with bfloat16 instructions over float32 ones: twice the numbers per register, twice the
-products per instruction; less what memory takes."""
+PRODUCTS = 0.83
+"""Of the measured speed of one large product, what products get between other work."""
 
-FLOAT64_SPEED = 0.5
-"""Half the numbers per register."""
+BFLOAT16_SPEED = 2.8
+"""Products with bfloat16 instructions over float32 ones: four times the numbers per instruction,
+less what memory takes."""
+
+FLOAT64_SPEED = 0.4
+"""Half the numbers per instruction, and eigenvectors, which are no plain products."""
+
+PASSES = 1 / 6
+"""Of the measured speed of an addition, what exponentials, masks and complex numbers get."""
 
 CANDIDATES = 10
 """Rotations that are tried per layer: five shrinkages, two schedules."""
@@ -60,14 +66,14 @@ def seconds(work: Work, size: Dimensions, device: str) -> float:
     if device.startswith("cuda"):
         operations = work.float32 + work.stored + work.float64
         return START_SECONDS + operations / CUDA_FLOPS + work.written / DISK_BYTES_PER_SECOND
-    speed = cpu_flops()
+    speed = PRODUCTS * cpu_flops()
     return (
         START_SECONDS
         + LAYER_SECONDS * size.layers
         + work.float32 / speed
         + work.stored / (speed * (BFLOAT16_SPEED if size.stored else 1.0))
         + work.float64 / (speed * FLOAT64_SPEED)
-        + work.passed / cpu_bytes_per_second()
+        + work.passed / (PASSES * cpu_bytes_per_second())
         + work.written / DISK_BYTES_PER_SECOND
     )
 
