@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conversion_quality import DEMO, SHARED, TOKENS, Case, log_probabilities, open_case
+from benchmarks.conversion_quality import DEMO, SHARED, Case, log_probabilities, open_case
 
 from mlakit.benching.environment import environment
 from mlakit.checkpoint import open_checkpoint
@@ -27,6 +27,7 @@ from mlakit.families import read_model
 
 RESULT = Path(__file__).resolve().parent / "results" / "conversion_ranks.json"
 RATIOS = (0.5, 0.375, 0.25, 0.125)
+TOKENS = 12288
 
 
 def measure(case: Case, work: Path, **goal: Any) -> dict[str, Any] | None:
@@ -51,12 +52,14 @@ def measure(case: Case, work: Path, **goal: Any) -> dict[str, Any] | None:
     }
 
 
-def run(case: Case, work: Path, steps: list[int]) -> list[dict[str, Any]]:
+def run(
+    case: Case, work: Path, steps: list[int], ratios: list[float], halvings: list[int]
+) -> list[dict[str, Any]]:
     """Every size of one model."""
     layer = read_model(open_checkpoint(case.folder).config).layers[0]
     cells = []
-    for ratio in RATIOS:
-        for halving in (1, 2):
+    for ratio in ratios:
+        for halving in halvings:
             rope = layer.rotary_dim // halving
             for refine_steps in steps:
                 for ranks in ("even", "measured"):
@@ -70,30 +73,45 @@ def run(case: Case, work: Path, steps: list[int]) -> list[dict[str, Any]]:
     return cells
 
 
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two records are of the same size, steps and way to divide ranks."""
+    return key(first) == key(second) and first["ranks_by"] == second["ranks_by"]
+
+
 def summary(models: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Measured over even, and measured over predicted: medians and extremes by size."""
-    by_size: dict[str, dict[str, list[float]]] = {}
-    for cells in models.values():
-        pairs: dict[tuple[Any, ...], dict[str, float]] = {}
+    """Loss with measured ranks over that with even ones; measured over predicted loss."""
+    shares: dict[str, list[float]] = {}
+    scales: dict[str, dict[str, list[float]]] = {}
+    for name, cells in models.items():
+        even = {key(cell): cell["test_kl"] for cell in cells if cell["ranks_by"] == "even"}
         for cell in cells:
             kind = "refined" if cell["refine_steps"] else "closed"
-            name = f"{kind}_{round(1000 * cell['ratio'])}"
-            key = (name, cell["halving"])
-            pairs.setdefault(key, {})[cell["ranks_by"]] = cell["test_kl"]
             scale = cell["held_out_kl"] / cell["predicted_kl"]
-            by_size.setdefault(f"scale_{kind}", {}).setdefault("share", []).append(scale)
-        for (name, _), pair in pairs.items():
-            if len(pair) == 2:
-                share = pair["measured"] / pair["even"]
-                by_size.setdefault(name, {}).setdefault("share", []).append(share)
+            scales.setdefault(name, {}).setdefault(kind, []).append(scale)
+            if cell["ranks_by"] == "measured" and key(cell) in even:
+                size = f"{kind}_{round(1000 * cell['ratio'])}"
+                shares.setdefault(size, []).append(cell["test_kl"] / even[key(cell)])
     return {
-        name: {
-            "median": statistics.median(found["share"]),
-            "least": min(found["share"]),
-            "most": max(found["share"]),
-            "count": len(found["share"]),
-        }
-        for name, found in by_size.items()
+        "measured_over_even": {size: spread(found) for size, found in shares.items()},
+        "measured_over_predicted": {
+            name: {kind: spread(found) for kind, found in kinds.items()}
+            for name, kinds in scales.items()
+        },
+    }
+
+
+def key(cell: dict[str, Any]) -> tuple[float, int, int]:
+    """What two ways to divide ranks have in common."""
+    return cell["ratio"], cell["halving"], cell["refine_steps"]
+
+
+def spread(found: list[float]) -> dict[str, float]:
+    """Median and extremes."""
+    return {
+        "median": statistics.median(found),
+        "least": min(found),
+        "most": max(found),
+        "count": len(found),
     }
 
 
@@ -103,6 +121,8 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=Path, help="folders; default: all at hand")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--steps", nargs="+", type=int, default=[0])
+    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
+    parser.add_argument("--halvings", nargs="+", type=int, choices=(1, 2), default=[1, 2])
     arguments = parser.parse_args()
     at_hand = sorted(path.parent for path in (SHARED / "models").glob("*/config.json"))
     record: dict[str, Any] = {"models": {}}
@@ -111,12 +131,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for folder in arguments.models or [*at_hand, DEMO]:
             case = open_case(folder.resolve(), Path(work))
+            sizes = (arguments.steps, arguments.ratios, arguments.halvings)
+            found = run(case, Path(work), *sizes)
             kept = [
                 cell
                 for cell in record["models"].get(case.folder.name, [])
-                if cell["refine_steps"] not in arguments.steps
+                if not any(same(cell, new) for new in found)
             ]
-            record["models"][case.folder.name] = kept + run(case, Path(work), arguments.steps)
+            record["models"][case.folder.name] = kept + found
             record["environment"] = environment()
             record["summary"] = summary(record["models"])
             arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -204,6 +204,8 @@ def _domain_findings(domains: Sequence[dict[str, Any]]) -> list[tuple[str, str]]
 def _losses(plan: ConversionPlan) -> list[tuple[str, str]]:
     """What the conversion costs the predictions, and what the algebra foresaw."""
     measured, found = plan.measured, []
+    if len(set(plan.ranks)) > 1:
+        found.append(("ranks", f"{', '.join(map(str, plan.ranks))}, where each saves most"))
     if "curve" in measured:
         points = ", ".join(
             f"{point['cache_ratio']:.0%}: {point['predicted_kl']:.2g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlakit.conversion.allocate import SEARCH_ROUNDS
 from mlakit.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ def forecast_warnings(plan: ConversionPlan, model: ModelSpec) -> tuple[str, ...]
             found.append(
                 f"rank {rank} is above the hidden size {source.hidden_size}: the latent cannot"
                 " hold more than its input"
+            )
+        if plan.goal.max_kl is not None:
+            found.append(
+                f"the search for {plan.goal.max_kl:g} nats per token converts up to {SEARCH_ROUNDS}"
+                " times; what it needs is given for one"
             )
         if rank % 16 and plan.goal.max_kl is None:
             found.append(f"rank {rank} is no multiple of 16; multiples of 16 decode fastest")
