@@ -105,6 +105,32 @@ def measure(folder: Path, work: Path, steps: list[int]) -> dict[str, Any]:
     return found
 
 
+def share(model: dict[str, Any], found: dict[str, Any], test: str) -> float:
+    """KL divergence over the source's own loss on a test text."""
+    return float(found[test]["kl"]["value"] / model["loss"][test])
+
+
+def unevenness(models: dict[str, Any]) -> dict[str, Any]:
+    """How much larger the share of one kind of text is than that of the other.
+
+    Returns:
+        Smallest and largest ratio over models and steps: of the larger to the smaller share where
+        both kinds were calibrated on; and where one was, of the other's share to its own.
+    """
+    both, alone, wrong = [], [], []
+    for model in models.values():
+        for choices in model["steps"].values():
+            shares = {
+                name: (share(model, found, "home"), share(model, found, "wiki"))
+                for name, found in choices.items()
+            }
+            both.append(max(shares["self + wiki"]) / min(shares["self + wiki"]))
+            alone.append(shares["self"][1] / shares["self"][0])
+            wrong.append(shares["wiki"][0] / shares["wiki"][1])
+    found = {"both": both, "self, on wiki": alone, "wiki, on home": wrong}
+    return {name: {"smallest": min(row), "largest": max(row)} for name, row in found.items()}
+
+
 def main() -> None:
     """Measures the models given, or all at hand; what was measured before stays."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,6 +148,7 @@ def main() -> None:
         known = record["models"].setdefault(folder.name, {"steps": {}})
         known["loss"] = found["loss"]
         known["steps"] |= found["steps"]
+        record["unevenness"] = unevenness(record["models"])
         record["environment"] = environment()
         arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from mlakit.checkpoint import open_checkpoint
@@ -294,6 +296,25 @@ def test_own_samples_beside_a_text_resume_bit_for_bit(tiny: Path, tmp_path: Path
     assert [domain["name"] for domain in plan.measured["domains"]] == ["self", "one"]
     for file in (tmp_path / "whole").iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_chat_template_shapes_conversations_and_samples(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "chat"
+    shutil.copytree(tiny, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'][0] }} {{ m['content'] | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>a {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    found = chosen(folder, tmp_path, [str(tiny.parent / "chat.jsonl"), "self"], [], 64 * 16)
+    talk, own = (found.ids[[name == who for name in found.domains]] for who in ("chat", "self"))
+    header = tokenizer("<s>u ", add_special_tokens=False)["input_ids"]
+    assert len(talk) == len(own) == 8
+    assert talk[:, :3].tolist() == own[:, :3].tolist() == [header] * 8  # bos is the template's
+    answer = tokenizer("</s><s>a ", add_special_tokens=False)["input_ids"]
+    ended = [row for row in own.tolist() if 1 in row[:-4]]
+    assert ended and all(row[row.index(1) :][:4] == answer for row in ended)
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_work(

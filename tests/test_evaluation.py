@@ -33,7 +33,8 @@ from mlakit.evaluation.quality import (
 )
 from mlakit.evaluation.recall import finds, measure_recall, recall_lengths, token_counter
 from mlakit.evaluation.speed import measure_speed
-from mlakit.reporting.schema import Report
+from mlakit.reporting.schema import Estimate, Report
+from mlakit.reporting.summary import notes, rows
 
 CONTEXT = 256
 SHORT = {"prefix_length": 48, "suffix_length": 16}
@@ -441,3 +442,26 @@ def test_compressed_report_has_real_bytes(converted: dict[str, Path], story: Pat
     assert (alone.source.percent_of_own, alone.source.percent_of_mha) == (50.0, 25.0)
     # A compressed model keeps one promise without a threshold: its cache is its one pass.
     assert len(verify(converted["source"], converted["half"], text=story).promises) == 1
+
+
+def test_several_texts_are_scored_each(source: Subject, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    texts = [str(text), f"backwards={other}"]
+    report = evaluate(source, source, text=texts, **SHORT, windows=2, recall=False, prompts=["a"])
+    assert [domain.name for domain in report.domains] == ["lines", "backwards"]
+    assert report.quality.windows == 4 and all(d.windows == 2 for d in report.domains)
+    parts = [domain.source_nll.value for domain in report.domains]
+    assert sum(parts) / 2 == pytest.approx(report.quality.source.nll.value)
+    assert all(d.kl is not None and d.kl.value == 0.0 for d in report.domains)
+    labels = [row.label for row in rows(report)]
+    assert "KL on backwards" in labels and "perplexity on lines" in labels
+    assert (
+        evaluate(source, text=text, **SHORT, windows=2, recall=False, prompts=["a"]).domains == []
+    )
+    found = check(source, source, text=texts, windows=1)
+    assert found.domains.keys() == {"lines", "backwards"}
+    assert all(kl == 0.0 and loss > 0 for kl, loss in found.domains.values())
+    bad = report.domains[1].model_copy(update={"kl": Estimate(value=5.0)})
+    good = report.domains[0].model_copy(update={"kl": Estimate(value=0.1)})
+    assert "backwards" in notes(report.model_copy(update={"domains": [good, bad]}))[0]

@@ -57,11 +57,11 @@ def read_script(model: Any, tokenizer: Any) -> Script:
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": MARK}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        before, _, after = text.partition(MARK)
+        before, found, after = text.partition(MARK)
         opening, answer = (
             tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)
         )
-        if opening:
+        if found and opening:
             turns = bool(answer) and answer[0] in ends
             return Script(opening, answer if turns else [], frozenset(ends))
     if tokenizer.bos_token_id is not None:

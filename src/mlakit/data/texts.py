@@ -231,11 +231,12 @@ def _is_message(turn: Any) -> bool:
 
 def _read_dataset(place: str) -> Content:
     import datasets
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     name, configuration, split, column = [*place.split(":", 3), "", "", ""][:4]
     try:
         rows = datasets.load_dataset(
-            name, configuration or None, split=split or "train", streaming=True
+            name, configuration or None, split=split or "train", streaming=not HF_HUB_OFFLINE
         )
         return _joined(_dataset_rows(place, rows, column), "\n")
     except MlakitError:

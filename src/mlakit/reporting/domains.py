@@ -34,9 +34,10 @@ def disagreement(
     far = {name: share / reference for name, share in shares.items() if share > FACTOR * reference}
     if not far:
         return None
+    middle = "the median of the texts calibrated on" if calibrated else "the median text's"
     worst = ", ".join(f"{name} {ratio:.1f} times" for name, ratio in far.items())
     return (
-        f"texts disagree: as a share of the source's own loss, the KL divergence on {worst} the"
-        " median of the texts calibrated on; calibrate with texts of every kind that the model"
-        " will see (--calib, repeatable)"
+        f"texts disagree: as a share of the source's own loss, the KL divergence is on {worst}"
+        f" {middle}; calibrate with texts of every kind that the model will see (--calib,"
+        " repeatable)"
     )
