@@ -173,7 +173,7 @@ def test_texts_that_disagree_are_said_so() -> None:
     assert record["held_out_kl"] == 1.0
     assert [domain["kl"] for domain in record["domains"]] == [1.0, 13.0]
     assert [domain["source_loss"] for domain in record["domains"]] == [5.0, 6.0]
-    plan = SimpleNamespace(measured=record, method="mlakit")
+    plan = SimpleNamespace(measured=record, method="mlakit", ranks=(8, 8))
     found = dict(findings(plan))  # type: ignore[arg-type]
     assert "b (not calibrated on) 13 " in found["KL by text"]
     assert found["note"].startswith("texts disagree") and "b 10.8 times" in found["note"]
