@@ -118,3 +118,11 @@ def test_a_dry_run_measures_the_processor_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["estimate"]["seconds"] > 0
+
+
+def test_another_device_is_a_guess_and_says_so(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_tiny(tmp_path))
+    for device, guessed in (("cpu", False), ("cuda", True)):
+        plan = make_plan(checkpoint, Goal(cache_ratio=0.5), device=device)
+        assert any("guesses" in warning for warning in plan.warnings) is guessed
+        assert plan.estimate.seconds > 0

@@ -50,10 +50,14 @@ class Estimate:
     seconds: float
 
 
-def forecast_warnings(plan: ConversionPlan, model: ModelSpec) -> tuple[str, ...]:
+def forecast_warnings(plan: ConversionPlan, model: ModelSpec, device: str) -> tuple[str, ...]:
     """What may disappoint, one sentence each."""
     source, target = plan.source_layer, plan.target
     found: list[str] = []
+    if not device.startswith("cpu"):
+        found.append(
+            "time and memory are guesses for this kind of device: they were measured on processors"
+        )
     full = source.cache_width
     if plan.dtype != "float32" and plan.goal.equal_cache:
         found.append(

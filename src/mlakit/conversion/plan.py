@@ -233,7 +233,7 @@ def make_plan(
     if texts is not None:
         estimate = with_samples(estimate, texts, checkpoint, model, device)
         found += text_warnings(texts)
-    found += [*forecast_warnings(plan, model), *_left_out(checkpoint, model)]
+    found += [*forecast_warnings(plan, model, device), *_left_out(checkpoint, model)]
     return replace(plan, estimate=estimate, warnings=tuple(found))
 
 
