@@ -67,14 +67,18 @@ def published(model: Path, output: Path, tokens: int, checkout: Path) -> dict[st
 
     from mlakit.checkpoint import open_checkpoint
     from mlakit.conversion.budget import Goal
-    from mlakit.conversion.calibrate import choose_windows
     from mlakit.conversion.plan import make_plan
-    from mlakit.data import builtin_text
+    from mlakit.conversion.windows import WindowChoice
+    from mlakit.data import BUILTIN, named_sources
+    from mlakit.families import read_model
 
     goal = Goal(kv_lora_rank=RANK, qk_rope_head_dim=ROPE, method="transmla")
-    plan = make_plan(open_checkpoint(model), goal, calibration_tokens=tokens)
+    checkpoint = open_checkpoint(model)
+    plan = make_plan(checkpoint, goal, calibration_tokens=tokens)
     assert plan.calibration is not None
-    windows = choose_windows(builtin_text("calibration"), model, plan.calibration)
+    spec, sources = read_model(checkpoint.config), named_sources([BUILTIN])
+    texts = WindowChoice(checkpoint, spec, plan.calibration, sources, "cpu")
+    windows = texts.choose(model.parent, lambda *step: None).ids
     imported = time.perf_counter()
     found = convert(checkout, model, output, windows, RANK, ROPE, FREQFOLD)
     work = found["partial_rope"] + found["low_rank"]

@@ -35,10 +35,10 @@ PASSES = 1 / 6
 CANDIDATES = 10
 """Rotations that are tried per layer: five shrinkages, two schedules."""
 
-LAYER_SECONDS = 0.5
+LAYER_SECONDS = 0.4
 """Building modules and configs of one layer, a few times."""
 
-START_SECONDS = 5.0
+START_SECONDS = 4.0
 """Importing torch and transformers, and cutting the text into tokens."""
 
 
