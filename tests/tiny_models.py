@@ -77,13 +77,27 @@ def save_tiny(
 
 
 def roughen(model: Any) -> None:
-    """Large key biases, norms that differ tenfold, and channels that stand out."""
+    """What large trained models are like, layer by layer.
+
+    Norms differ tenfold and one channel in sixteen is amplified thirtyfold; a few key biases are
+    in the hundreds (Qwen2); one token and one feed-forward row give a channel of the residual
+    stream thousands of times the size of others (massive activations, arXiv 2402.17762).
+    """
     for name, parameter in model.named_parameters():
-        if name.endswith(("k_proj.bias", "q_proj.bias")):
+        if name.endswith("k_proj.bias"):
+            parameter[::3] *= 10
+            parameter[1::8] += 150
+            parameter[2::8] -= 150
+        elif name.endswith("q_proj.bias"):
             parameter[::3] *= 10
         elif "norm" in name:
             parameter[1::7] *= 5
             parameter[::5] *= 0.1
+            parameter[5::16] *= 30
+        elif "embed_tokens" in name:
+            parameter[7, 3] *= 2000
+        elif name.endswith("down_proj.weight"):
+            parameter[9] *= 50
         elif name.endswith(("k_proj.weight", "q_proj.weight", "qkv_proj.weight")):
             parameter[:, 3] *= 4
         elif name.endswith("v_proj.weight"):

@@ -189,13 +189,15 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
     """
     rope = source.rope
     if source.kv_lora_rank is not None:
-        return _smaller_latent(source, goal)
-    groups, dim = source.num_key_value_heads, source.head_dim
+        _check_latent(source, goal)
+    groups, dim, nope = source.num_key_value_heads, source.head_dim, source.qk_nope_head_dim
     latent = replace(
         source,
         num_key_value_heads=source.num_attention_heads,
         source_kv_heads=groups,
-        v_head_dim=dim,
+        source_kv_lora_rank=source.kv_lora_rank,
+        source_qk_rope_head_dim=source.qk_rope_head_dim,
+        v_head_dim=source.value_dim,
     )
     if goal.equal_cache and goal.form == "article":
         return replace(
@@ -232,42 +234,25 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
         latent,
         mla_form="compress",
         kv_lora_rank=rank,
-        qk_nope_head_dim=dim,
+        qk_nope_head_dim=nope if nope and rope_dim == turning else dim,
         qk_rope_head_dim=rope_dim,
         rope=rope and _narrowed(TARGETS[goal.engine].rope(rope) or rope, rope_dim),
         o_bias=source.o_bias or goal.has("means"),
     )
 
 
-def _smaller_latent(source: AttentionSpec, goal: Goal) -> AttentionSpec:
-    """The latent layer that one with a larger latent becomes."""
+def _check_latent(source: AttentionSpec, goal: Goal) -> None:
+    """Refuses what is not for a source whose attention is latent already."""
     if goal.equal_cache:
         raise UsageError(
             "--equal-cache: the source's attention is latent already, so it would stay as it is",
-            remedy=f"--cache-ratio is the share of its own {source.cache_width} numbers per token"
-            " to keep",
+            remedy="--cache-ratio 0.5 keeps half of what it caches",
         )
     if goal.method != "mlakit":
         raise UsageError(
-            f"--method {goal.method} compresses key and value heads; the source caches a latent",
+            f"--method {goal.method} is for key and value heads; the source caches a latent",
             remedy="use --method mlakit",
         )
-    turning = source.rotary_dim
-    rope_dim = turning if goal.qk_rope_head_dim is None else goal.qk_rope_head_dim
-    choices = rope_choices(source, goal.method)
-    check_rope_dim(RopeSpec(1.0, turning), rope_dim, choices)
-    nope = source.qk_nope_head_dim or 0
-    return replace(
-        source,
-        source_kv_heads=source.num_key_value_heads,
-        source_kv_lora_rank=source.kv_lora_rank,
-        source_qk_rope_head_dim=turning,
-        kv_lora_rank=_rank(source, choices, rope_dim, goal),
-        qk_nope_head_dim=nope if rope_dim == turning else source.head_dim,
-        qk_rope_head_dim=rope_dim,
-        rope=source.rope and _narrowed(source.rope, rope_dim),
-        o_bias=source.o_bias or goal.has("means"),
-    )
 
 
 def _narrowed(rope: RopeSpec, dim: int) -> RopeSpec:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlakit.families import readers
+from mlakit.families import readers, which
 from mlakit.families.layouts import Layout
 from mlakit.families.readers import Config
 from mlakit.spec import AttentionSpec, FeedForwardSpec, RopeSpec
@@ -87,38 +87,6 @@ class Family:
         return f"{self.layer(index)}self_attn."
 
 
-def _upper_layers(config: Config, layer: int) -> bool:
-    """Qwen: the window, where it is switched on, begins at ``max_window_layers``."""
-    return layer >= config["max_window_layers"]
-
-
-def _lower_even_layers(config: Config, layer: int) -> bool:
-    """Qwen2-MoE: the window, where it is switched on, is that of every other lower layer."""
-    return layer < config["max_window_layers"] and layer % 2 == 0
-
-
-def _local_layers(config: Config, layer: int) -> bool:
-    """Gemma 3: five layers with a window, then one without."""
-    return (layer + 1) % (config.get("sliding_window_pattern") or 6) != 0
-
-
-def _all_layers(config: Config, layer: int) -> bool:
-    return True
-
-
-def _with_positions(config: Config, layer: int) -> bool:
-    """SmolLM3: every fourth layer has no rotary embedding."""
-    listed = config.get("no_rope_layers")
-    if listed is None:
-        return bool((layer + 1) % config["no_rope_layer_interval"])
-    return bool(listed[layer])
-
-
-def _no_positions_in_a_window(config: Config, layer: int) -> bool:
-    """SmolLM3: the window, where it is switched on, is that of the layers without positions."""
-    return not _with_positions(config, layer)
-
-
 def _capped(config: Config, logits: Any) -> Any:
     cap = config.get("final_logit_softcapping")
     return logits if cap is None else cap * (logits / cap).tanh()
@@ -155,7 +123,7 @@ ROWS = (
         readers.without_bias,
         readers.dense_without_bias,
         defaults={"sliding_window": 4096, "num_key_value_heads": 8},
-        windowed=_all_layers,
+        windowed=which.all_layers,
     ),
     Family(
         "qwen2",
@@ -163,7 +131,7 @@ ROWS = (
         readers.qwen2,
         readers.dense_without_bias,
         defaults={**QWEN_WINDOWS, "num_key_value_heads": 32},
-        windowed=_upper_layers,
+        windowed=which.upper_layers,
     ),
     Family(
         "qwen3",
@@ -171,7 +139,7 @@ ROWS = (
         readers.qwen3,
         readers.dense_without_bias,
         defaults={**QWEN_WINDOWS, "num_key_value_heads": 32, "head_dim": 128},
-        windowed=_upper_layers,
+        windowed=which.upper_layers,
     ),
     Family(
         "granite",
@@ -203,9 +171,9 @@ ROWS = (
             "use_sliding_window": False,
             "tie_word_embeddings": True,
         },
-        windowed=_no_positions_in_a_window,
-        rotated=_with_positions,
-        single=lambda config, layer: {"no_rope_layers": [int(_with_positions(config, layer))]},
+        windowed=which.no_positions_in_a_window,
+        rotated=which.with_positions,
+        single=lambda config, layer: {"no_rope_layers": [int(which.with_positions(config, layer))]},
     ),
     Family(
         "gemma",
@@ -253,7 +221,7 @@ ROWS = (
             "tie_word_embeddings": True,
             "max_position_embeddings": 131072,
         },
-        windowed=_local_layers,
+        windowed=which.local_layers,
         rope_by_type=True,
         refused=BOTH_WAYS
         | {"attn_logit_softcapping": "transformers' class for this family ignores it"},
@@ -268,7 +236,7 @@ ROWS = (
         readers.without_bias,
         readers.mixtral,
         defaults={"rope_theta": 1e6, "num_key_value_heads": 8, "num_experts_per_tok": 2},
-        windowed=_all_layers,
+        windowed=which.all_layers,
         expert_block="block_sparse_moe",
         expert_projections=("w1", "w3", "w2"),
     ),
@@ -286,7 +254,7 @@ ROWS = (
             "moe_intermediate_size": 1408,
             "shared_expert_intermediate_size": 5632,
         },
-        windowed=_lower_even_layers,
+        windowed=which.lower_even_layers,
         shared_expert="shared_expert",
         single=_one_expert_layer,
     ),
@@ -303,7 +271,7 @@ ROWS = (
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
         },
-        windowed=_all_layers,
+        windowed=which.all_layers,
         single=_one_expert_layer,
     ),
     Family(
@@ -314,7 +282,7 @@ ROWS = (
         partial_rotary=True,
         layout=Layout(fused=True),
         fused_gate=True,
-        windowed=_all_layers,
+        windowed=which.all_layers,
     ),
     Family(
         "glm",

@@ -19,7 +19,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from mlakit.nn.cache import LatentCache
 from mlakit.nn.configs import LatentConfig
-from mlakit.nn.latent_parts import HeadProjection, LatentNorm
+from mlakit.nn.latent_parts import HeadProjection, LatentNorm, additive, last_columns
 from mlakit.nn.rotary import layer_schedules, rotate
 from mlakit.ops import mla_decode
 
@@ -388,19 +388,6 @@ class ArticleAttention(MLAttention):
         count = longest if window is None else min(longest, window + length - 1)
         c_v, c_k = cache.read(self.layer_idx, count).unsqueeze(1).chunk(2, dim=-1)
         return c_v, c_k, additive(cache.visible(count, length, window), query.dtype)
-
-
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that both eager and SDPA attention add to the scores."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
-
-
-def last_columns(x: Tensor, count: int) -> Tensor:
-    """The last ``count`` columns of ``[B, T, R]``; zeros beyond T, for a cache of fixed size."""
-    if count <= x.shape[1]:
-        return x[:, x.shape[1] - count :]
-    return nn.functional.pad(x, (0, 0, 0, count - x.shape[1]))
 
 
 FORMS: dict[str, type[MLAttention]] = {

@@ -1,4 +1,4 @@
-"""The small modules that latent attention is made of."""
+"""The small modules and functions that latent attention is made of."""
 
 from __future__ import annotations
 
@@ -42,3 +42,16 @@ class HeadProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, S, in]`` to ``[B, H, S, out]``."""
         return torch.einsum("bhsi,hoi->bhso", x, self.weight)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that both eager and SDPA attention add to the scores."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def last_columns(x: Tensor, count: int) -> Tensor:
+    """The last ``count`` columns of ``[B, T, R]``; zeros beyond T, for a cache of fixed size."""
+    if count <= x.shape[1]:
+        return x[:, x.shape[1] - count :]
+    return nn.functional.pad(x, (0, 0, 0, count - x.shape[1]))
