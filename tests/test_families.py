@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from mlakit.checkpoint import open_checkpoint
 from mlakit.errors import UnsupportedModelError
 from mlakit.families import FAMILIES, convertible, read_model, tensor_shapes
+from mlakit.families.table import table
 from mlakit.spec import ModelSpec
 from toy_models import SIZES, TOYS, YARN, as_json, converted_config, toy_config
 
@@ -260,3 +263,8 @@ def test_real_checkpoints_are_convertible(shared):
         assert spec.family == "llama" and spec.dtype == "float32"
         assert tensor_shapes(spec) == checkpoint.shapes
     assert set(FAMILIES) >= {"llama", "mistral", "qwen2", "mla_llama", "mla_mistral", "mla_qwen2"}
+
+
+def test_the_page_shows_the_table():
+    page = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+    assert table() in page.read_text(encoding="utf-8")

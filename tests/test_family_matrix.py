@@ -211,7 +211,10 @@ def test_fused_experts_stay_fused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["qwen3-tied", "olmo2", "gemma2", "gemma3_text", "phi3-window"])
 def test_trace_and_inspect_read_the_result(case: str, text: Path, tmp_path: Path) -> None:
     folder = save(tmp_path / "source", case)
-    for name, options in {"equal": {"equal_cache": True}, "half": {"cache_ratio": 0.5, "refine_steps": 0}}.items():
+    for name, options in {
+        "equal": {"equal_cache": True},
+        "half": {"cache_ratio": 0.5, "refine_steps": 0},
+    }.items():
         convert(folder, tmp_path / name, calibration=text, calibration_tokens=128, **options)
         model = load(tmp_path / name)
         told = trace_model(model, IDS[0, :6].tolist()).text()
