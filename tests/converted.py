@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from mlakit.checkpoint import open_checkpoint
 from mlakit.families import read_model
@@ -50,3 +51,14 @@ def check_saved(folder: Path, plan: Any, tmp_path: Path) -> torch.Tensor:
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), found)
     return found
+
+
+def check_rounding(source: Path, result: Path, times: float = 10) -> None:
+    """A result errs as the source itself does, against the source in float64."""
+    exact = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    expected = logits(exact)
+    own = relative_error(logits(load(source)), expected)
+    # A product of float32 matrices in place of one of them rounds a few times as much.
+    assert relative_error(logits(load(result)), expected) < max(EXACT, times * own)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from converted import EXACT, IDS, check_saved, logits, relative_error
+from converted import EXACT, IDS, check_rounding, check_saved, logits, relative_error
 from mlakit.checkpoint import open_checkpoint
 from mlakit.conversion.apply import convert
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
         "hidden_size": 30,
     },
 }
-CLOSED = {"refine_steps": 0, "calibration_tokens": 8192}
+CLOSED = {"refine_steps": 0, "calibration_tokens": 8192, "ranks": "even"}
 
 
 def save(folder: Path, case: str, **changes: Any) -> Path:
@@ -73,8 +73,12 @@ def test_full_rank_is_exact(case: str, rough: bool, text: Path, tmp_path: Path) 
     source = save(tmp_path / "source", case, rough=rough)
     plan = convert(source, tmp_path / "out", cache_ratio=1.0, calibration=text, **CLOSED)
     assert plan.cache_ratio == 1 and plan.target.qk_nope_head_dim == 12
-    found, expected = check_saved(tmp_path / "out", plan, tmp_path), logits(load(source))
-    assert relative_error(found, expected) < 4 * EXACT * (1 + 4 * rough)
+    if rough:
+        # Measured 12 to 17: a rotation of the row mixes its outliers with what is 300 times smaller.
+        check_rounding(source, tmp_path / "out", times=40)
+    else:
+        found = check_saved(tmp_path / "out", plan, tmp_path)
+        assert relative_error(found, logits(load(source))) < 4 * EXACT
     original, result = open_checkpoint(source), open_checkpoint(tmp_path / "out")
     same = [tensor.name for tensor in plan.tensors if tensor.copied]
     assert any(".q_" in name for name in same) and any("mlp" in name for name in same)
