@@ -74,7 +74,7 @@ def test_full_rank_is_exact(case: str, rough: bool, text: Path, tmp_path: Path) 
     plan = convert(source, tmp_path / "out", cache_ratio=1.0, calibration=text, **CLOSED)
     assert plan.cache_ratio == 1 and plan.target.qk_nope_head_dim == 12
     if rough:
-        # Measured 12 to 17: a rotation of the row mixes its outliers with what is 300 times smaller.
+        # Measured 12 to 17: the row's outliers are mixed with what is 300 times smaller.
         check_rounding(source, tmp_path / "out", times=40)
     else:
         found = check_saved(tmp_path / "out", plan, tmp_path)
