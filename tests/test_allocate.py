@@ -202,7 +202,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("goal", [{"max_kl": 0.5}, {"cache_ratio": 0.5}])
+@pytest.mark.parametrize("goal", [{"max_kl": 0.5, "refine_steps": 2}, {"cache_ratio": 0.5}])
 def test_a_run_killed_in_any_phase_ends_in_the_same_bits(
     tiny: Path, tmp_path: Path, goal: dict[str, Any]
 ) -> None:

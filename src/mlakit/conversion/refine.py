@@ -45,6 +45,7 @@ class Refiner:
         reader: the source.
         plan: sizes, steps.
         windows: token ids ``[windows, T]``.
+        sensed: the folder of ``Sensitivity``.
         work: folder for what a later start can use.
         progress: told about every layer.
     """
@@ -54,10 +55,11 @@ class Refiner:
         reader: LayerReader,
         plan: ConversionPlan,
         windows: torch.Tensor,
+        sensed: Path,
         work: Path,
         progress: Progress,
     ) -> None:
-        self.reader, self.plan, self.work, self.progress = reader, plan, work, progress
+        self.reader, self.plan, self.sensed, self.progress = reader, plan, sensed, progress
         self.seed = plan.calibration.seed if plan.calibration else 0
         self.fitted = len(split_held_out(windows)[0])
         size = batch_size(windows.shape[1])
@@ -68,7 +70,7 @@ class Refiner:
         self.sensitivity: Sensitivity | None = None
         if plan.goal.weighs_predictions:
             fitted = windows[: self.fitted]
-            self.sensitivity = Sensitivity(reader, fitted, work, self.seed, progress)
+            self.sensitivity = Sensitivity(reader, fitted, sensed, self.seed, progress)
 
     def refine(
         self, index: int, tensors: Tensors, facts: dict[str, Any]
@@ -110,7 +112,7 @@ class Refiner:
         if self.sensitivity is None:
             return None
         self.sensitivity.collect()
-        matrix = importance(self.work, index).to(self.reader.device)
+        matrix = importance(self.sensed, index).to(self.reader.device)
         size, axes = torch.linalg.eigh(matrix)
         return ((axes * size.clamp_min(0).sqrt()) @ axes.mT).float()
 

@@ -166,6 +166,8 @@ class Run:
             self._write_layers(Fit(survey, self.plan))
             rounds.append({"size": index, **self._judged()})
             write_json_atomic(path, rounds)
+            for activations in self.round.glob("*.f32"):
+                activations.unlink()
         last = rounds[-1]
         self._begin_round(len(rounds) - 1, sizes[last["size"]])
         if last["held_out_kl"] > limit:
@@ -201,7 +203,8 @@ class Run:
         """Every layer that is not there yet, refined if it shall be."""
         refiner = None
         if self.plan.goal.steps and self.windows is not None:
-            refiner = Refiner(self.reader, self.plan, self.windows, self.round, self.progress)
+            common = (self.reader, self.plan, self.windows)
+            refiner = Refiner(*common, self.work, self.round, self.progress)
         for index, tensors, facts in method.layers(self._is_done):
             if refiner is not None:
                 tensors, facts = refiner.refine(index, tensors, facts)
