@@ -188,7 +188,7 @@ def goal_of(folder: Path, ratio: float, halving: int) -> dict[str, int] | None:
 
 def cells(seeds: list[int], methods: list[str]) -> Iterator[Cell]:
     """What is measured of every model, the headline first."""
-    first = [method for method in methods if method in ("published", "ours")]
+    first = [method for method in methods if "closed form" not in method]
     rest = [method for method in methods if method not in first]
     for seed in seeds:
         yield from _grid(HEADLINE, first, seed)
@@ -228,7 +228,10 @@ def has(record: dict[str, Any], name: str, cell: Cell) -> bool:
 
 def write(record: dict[str, Any], output: Path) -> None:
     """The JSON with what follows from its cells; beside the repository's, page and picture."""
-    record["share_of_published_excess"] = conversion_tables.shares(record["models"])
+    sizes = [(ratio, halving) for ratio in (*HEADLINE, *OTHERS) for halving in (1, 2)]
+    parts = [cell.method for cell in cells([0], []) if (cell.ratio, cell.halving) == ABLATED[0]]
+    record["share_of_published_excess"] = conversion_tables.shares(record["models"], sizes)
+    record["ablation"] = conversion_tables.shares(record["models"], list(ABLATED), parts)
     write_json_atomic(output, record)
     if output == RESULT:
         conversion_tables.write_page(record)

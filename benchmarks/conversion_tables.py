@@ -18,6 +18,7 @@ COLOURS = {
     "ours, closed form": "#ee7733",
     "ours": "#cc3311",
 }
+LABELS = {"ours": "ours, refined (the default)"}
 FLOOR = 1e-3
 """Excess losses below are drawn here; some are below zero."""
 
@@ -27,37 +28,44 @@ def size_name(cell: dict[str, Any]) -> str:
     return f"d{cell['halving']}_{round(1000 * cell['ratio'])}"
 
 
-def shares(models: dict[str, Any]) -> dict[str, Any]:
+def shares(
+    models: dict[str, Any], sizes: list[tuple[float, int]], methods: Iterable[str] = COLOURS
+) -> dict[str, Any]:
     """By size and method: excess log loss as a share of the published one's.
 
     A model counts with the mean of its seeds. ``lowest`` and ``highest`` are those of the median
-    over models where each seed stands alone, over the seeds that all these models have.
+    over models where each seed stands alone, over the seeds that all these models have. What is
+    not measured is None.
     """
-    found: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
-    for name, model in models.items():
-        excess = {
-            (size_name(cell), cell["method"], cell["seed"]): cell["excess"]["value"]
-            for cell in [*model["cells"], *model["ablation"]]
-        }
-        for (size, method, seed), value in excess.items():
-            published = excess.get((size, "published", seed))
-            if published:
-                by_model = found.setdefault(size, {}).setdefault(method, {})
-                by_model.setdefault(name, {})[seed] = value / published
+    names = [size_name({"ratio": ratio, "halving": halving}) for ratio, halving in sizes]
     return {
-        size: {method: _summary(by_model) for method, by_model in methods.items()}
-        for size, methods in found.items()
+        size: {method: _summary(_by_model(models, size, method)) for method in methods}
+        for size in names
     }
+
+
+def _by_model(models: dict[str, Any], size: str, method: str) -> dict[str, dict[int, float]]:
+    """The share of each model and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for name, model in models.items():
+        both = [*model["cells"], *model["ablation"]]
+        cells = [cell for cell in both if size_name(cell) == size]
+        excess = {(cell["method"], cell["seed"]): cell["excess"]["value"] for cell in cells}
+        for (measured, seed), value in excess.items():
+            published = excess.get(("published", seed))
+            if measured == method and published and published > 0:
+                found.setdefault(name, {})[seed] = value / published
+    return found
 
 
 def _summary(by_model: dict[str, dict[int, float]]) -> dict[str, Any]:
     means = {name: statistics.mean(seeds.values()) for name, seeds in by_model.items()}
-    common = set.intersection(*(set(seeds) for seeds in by_model.values()))
+    common = set.intersection(*map(set, by_model.values())) if by_model else set()
     medians = [statistics.median(seeds[one] for seeds in by_model.values()) for one in common]
     return {
-        "median": statistics.median(means.values()),
-        "worst": max(means.values()),
-        "worst_model": max(means, key=lambda name: means[name]),
+        "median": statistics.median(means.values()) if means else None,
+        "worst": max(means.values(), default=None),
+        "worst_model": max(means, key=lambda name: means[name], default=None),
         "models": len(means),
         "seeds": len(common),
         "lowest": min(medians, default=None),
@@ -122,7 +130,7 @@ def _row(cells: list[dict[str, Any]]) -> str:
 
     perplexity = math.exp(statistics.mean(math.log(cell["perplexity"]) for cell in cells))
     return (
-        f"| {first['ratio']:.4g} | {first['rope']} + {first['rank']} | {first['method']}"
+        f"| {first['ratio']:.1%} | {first['rope']} + {first['rank']} | {first['method']}"
         f" | {perplexity:.4g} | {figure('excess', '.4f')} | {figure('kl', '.4f')}"
         f" | {figure('top1', '.1%')} | {len(cells)}"
         f" | {statistics.mean(cell['seconds'] for cell in cells):.0f} |"
@@ -163,7 +171,9 @@ def _line(panel: Any, groups: list[list[dict[str, Any]]], method: str) -> None:
     values = [[max(cell["excess"]["value"], FLOOR) for cell in group] for group in groups]
     ratios = [100 * group[0]["ratio"] for group in groups]
     means = [statistics.mean(of_size) for of_size in values]
-    panel.plot(ratios, means, "o-", color=COLOURS[method], label=method, markersize=4)
+    panel.plot(
+        ratios, means, "o-", color=COLOURS[method], label=LABELS.get(method, method), markersize=4
+    )
     panel.vlines(ratios, [min(v) for v in values], [max(v) for v in values], color=COLOURS[method])
 
 

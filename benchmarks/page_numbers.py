@@ -2,7 +2,8 @@
 
 A number is marked in a page as ``<!--n FILE.json#KEY.KEY|FORMAT-->text<!--/n-->``; FILE is below
 benchmarks/results, KEY walks the JSON (list positions are integers), FORMAT is a Python format
-specification (``.1f``, ``.0%``, ``,``). With --check nothing is written and a difference fails.
+specification (``.1f``, ``.0%``, ``,``); null reads n/a. With --check nothing is written and a
+difference fails.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def fill(page: str) -> str:
     """The page with every marked number taken from its result file."""
 
     def replace(match: re.Match[str]) -> str:
-        text = format(look_up(match["file"], match["keys"]), match["format"])
+        value = look_up(match["file"], match["keys"])
+        text = "n/a" if value is None else format(value, match["format"])
         head = match[0][: match[0].index("-->") + 3]
         return f"{head}{text}<!--/n-->"
 

@@ -35,6 +35,7 @@ RESULT = quality.ROOT / "benchmarks" / "results" / "refinement_study.json"
 SIZES = ((0.375, 1), (0.375, 2), (0.125, 2))
 """Cache ratios, and the share of the head size that stays rotated."""
 STEPS = 100
+BASE = f"as it is, {STEPS} steps"
 
 
 class Plain(refine.Refiner):
@@ -160,7 +161,7 @@ def steps(count: int) -> Variant:
 
 VARIANTS = {
     "none": steps(0),
-    "as it is, 100 steps": Variant(),
+    BASE: Variant(),
     "200 steps": steps(200),
     "400 steps": steps(400),
     "loss: plain output error": Variant(Plain),
@@ -227,16 +228,17 @@ def measure(case: quality.Case, goal: dict[str, int], variant: Variant) -> dict[
 
 def against_base(models: dict[str, Any]) -> dict[str, Any]:
     """By variant: KL over that of the method as it is, the geometric mean over all that has it."""
-    ratios: dict[str, list[float]] = {}
-    for sizes in models.values():
-        for found in sizes.values():
-            base = found.get("as it is, 100 steps")
-            for name, cell in found.items() if base else ():
-                ratios.setdefault(name, []).append(cell["kl"]["value"] / base["kl"]["value"])
-    return {
-        name: {"kl": math.exp(sum(map(math.log, each)) / len(each)), "cells": len(each)}
-        for name, each in ratios.items()
-    }
+    result = {}
+    for name in VARIANTS:
+        logs = [
+            math.log(found[name]["kl"]["value"] / found[BASE]["kl"]["value"])
+            for sizes in models.values()
+            for found in sizes.values()
+            if BASE in found and name in found
+        ]
+        mean = math.exp(sum(logs) / len(logs)) if logs else None
+        result[name] = {"kl": mean, "cells": len(logs)}
+    return result
 
 
 def main() -> None:

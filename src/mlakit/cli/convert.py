@@ -129,11 +129,13 @@ def convert(
     if not as_json:
         print_plan(plan, Console())
     if not dry_run:
-        started = time.monotonic()
-        plan = _carry_out(model, output or Path(), goal)
+        started, spent = time.monotonic(), dict[str, float]()
+        plan = _carry_out(model, output or Path(), goal, spent)
         if not as_json:
             print_measured(plan, Console())
-            typer.echo(f"{output} is complete ({time.monotonic() - started:.1f} s). Next:")
+            parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in spent.items())
+            whole = f"{time.monotonic() - started:.1f} s: {parts}"
+            typer.echo(f"{output} is complete ({whole}). Next:")
             for words in (
                 ("verify", model, str(output)),
                 ("eval", model, str(output)),
@@ -150,12 +152,17 @@ def _number_or_auto(option: str, value: str) -> int | str:
     return value if value == "auto" else int(value)
 
 
-def _carry_out(model: str, output: Path, goal: dict[str, Any]) -> ConversionPlan:
-    """The conversion with progress on stderr; Ctrl-C says how to go on."""
+def _carry_out(
+    model: str, output: Path, goal: dict[str, Any], spent: dict[str, float]
+) -> ConversionPlan:
+    """The conversion with progress on stderr; Ctrl-C says how to go on.
+
+    Seconds by stage go to ``spent``.
+    """
     from mlakit.conversion.apply import convert as run
 
     try:
-        with show_progress() as progress:
+        with show_progress(spent) as progress:
             return run(model, output, **goal, progress=progress)
     except KeyboardInterrupt:
         typer.echo(

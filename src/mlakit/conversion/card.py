@@ -7,7 +7,7 @@ from typing import Any
 
 from mlakit import __version__
 from mlakit.conversion.domains import Domain
-from mlakit.conversion.forecast import STEP_TOKENS
+from mlakit.conversion.forecast import HELD_OUT, STEP_TOKENS
 from mlakit.conversion.plan import FORMAT_VERSION, ConversionPlan
 from mlakit.families import FAMILIES, rope_parameters
 from mlakit.reporting.domains import disagreement
@@ -162,10 +162,12 @@ def findings(plan: ConversionPlan) -> list[tuple[str, str]]:
     layers = measured.get("layers", [])
     if layers and "error" in layers[0]:
         errors = sorted(layer["error"] for layer in layers)
+        weighed = plan.goal.steps and plan.goal.weighs_predictions
+        how = ", both weighed by what they do to the predictions," if weighed else ""
         found.append(
             (
                 "output error",
-                f"{errors[-1]:.2%} of the variance in the worst layer,"
+                f"{errors[-1]:.2%} of the variance{how} in the worst layer,"
                 f" {errors[len(errors) // 2]:.2%} in the median (held-out calibration text)",
             )
         )
@@ -174,8 +176,8 @@ def findings(plan: ConversionPlan) -> list[tuple[str, str]]:
         found.append(
             (
                 "refined",
-                f"{plan.goal.steps} steps of {STEP_TOKENS:,} calibration tokens per layer; before,"
-                f" the errors were {before[-1]:.2%} and {before[len(before) // 2]:.2%}",
+                f"{_refinement(plan)}; before, the errors were"
+                f" {before[-1]:.2%} and {before[len(before) // 2]:.2%}",
             )
         )
     found += _losses(plan)
@@ -184,6 +186,19 @@ def findings(plan: ConversionPlan) -> list[tuple[str, str]]:
         kept = min(layer["kept"] for layer in layers)
         found.append(("energy kept", f"{kept:.1%} in the worst layer"))
     return found
+
+
+def _refinement(plan: ConversionPlan) -> str:
+    """Steps and tokens that a refinement has taken."""
+    assert plan.calibration is not None
+    window, windows = plan.calibration.window, plan.measured["calibration_windows"]
+    fitted = windows - max(1, windows // HELD_OUT)
+    tokens = min(fitted, max(1, STEP_TOKENS // window)) * window
+    steps = plan.goal.steps
+    return (
+        f"{steps} steps of {tokens:,} calibration tokens in each layer,"
+        f" {steps * tokens * len(plan.layers):,} in all"
+    )
 
 
 def _domain_findings(domains: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
