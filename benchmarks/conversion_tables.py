@@ -33,32 +33,30 @@ def shares(
 ) -> dict[str, Any]:
     """By size and method: excess log loss as a share of the published one's.
 
-    A model counts with the mean of its seeds. ``lowest`` and ``highest`` are those of the median
-    over models where each seed stands alone, over the seeds that all these models have. What is
-    not measured is None.
+    Only cells of the same code and seed are compared. A model counts with the mean of its seeds.
+    ``lowest`` and ``highest`` are those of the median over models where each seed stands alone,
+    over the seeds that all these models have. What is not measured is None.
     """
     names = [size_name({"ratio": ratio, "halving": halving}) for ratio, halving in sizes]
-    return {
-        size: {method: _summary(_by_model(models, size, method)) for method in methods}
-        for size in names
-    }
+    return {size: {method: _summary(models, size, method) for method in methods} for size in names}
 
 
-def _by_model(models: dict[str, Any], size: str, method: str) -> dict[str, dict[int, float]]:
-    """The share of each model and seed."""
-    found: dict[str, dict[int, float]] = {}
+def _summary(models: dict[str, Any], size: str, method: str) -> dict[str, Any]:
+    by_model: dict[str, dict[int, float]] = {}
+    steps: set[int] = set()
     for name, model in models.items():
-        both = [*model["cells"], *model["ablation"]]
-        cells = [cell for cell in both if size_name(cell) == size]
-        excess = {(cell["method"], cell["seed"]): cell["excess"]["value"] for cell in cells}
-        for (measured, seed), value in excess.items():
-            published = excess.get(("published", seed))
-            if measured == method and published and published > 0:
-                found.setdefault(name, {})[seed] = value / published
-    return found
-
-
-def _summary(by_model: dict[str, dict[int, float]]) -> dict[str, Any]:
+        cells = [c for c in (*model["cells"], *model["ablation"]) if size_name(c) == size]
+        excess = {
+            (cell["seed"], cell["code"]): cell["excess"]["value"]
+            for cell in cells
+            if cell["method"] == "published"
+        }
+        for cell in cells:
+            published = excess.get((cell["seed"], cell["code"]), 0.0)
+            if cell["method"] == method and published > 0:
+                share = cell["excess"]["value"] / published
+                by_model.setdefault(name, {})[cell["seed"]] = share
+                steps.add(cell["steps"])
     means = {name: statistics.mean(seeds.values()) for name, seeds in by_model.items()}
     common = set.intersection(*map(set, by_model.values())) if by_model else set()
     medians = [statistics.median(seeds[one] for seeds in by_model.values()) for one in common]
@@ -70,6 +68,7 @@ def _summary(by_model: dict[str, dict[int, float]]) -> dict[str, Any]:
         "seeds": len(common),
         "lowest": min(medians, default=None),
         "highest": max(medians, default=None),
+        "steps": " or ".join(map(str, sorted(steps))),
     }
 
 

@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 from benchmarks import conversion_quality as quality
+from benchmarks.conversion_tables import size_name
 from transformers import AutoTokenizer
 
 from mlakit.benching.environment import environment
@@ -195,15 +196,14 @@ def open_study(folder: Path, work: Path) -> quality.Case:
         case.calibration.write_text(text[:cut], encoding="utf-8")
         third = text[cut:]
     else:
+        third = ""
+    if third:
+        found = token_windows(third, AutoTokenizer.from_pretrained(folder), length)
+        windows = torch.tensor(found[: tokens // length])
+    else:
         windows = quality.samples(folder, tokens, seed=2)
-        return replace(case, windows=windows, log_probabilities=_scores(folder, windows))
-    found = token_windows(third, AutoTokenizer.from_pretrained(folder), length)
-    windows = torch.tensor(found[: tokens // length])
-    return replace(case, windows=windows, log_probabilities=_scores(folder, windows))
-
-
-def _scores(folder: Path, windows: torch.Tensor) -> torch.Tensor:
-    return quality.log_probabilities(folder, windows)
+    scores = quality.log_probabilities(folder, windows)
+    return replace(case, windows=windows, log_probabilities=scores)
 
 
 def measure(case: quality.Case, goal: dict[str, int], variant: Variant) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def main() -> None:
         for ratio, halving in SIZES:
             for folder, case in cases.items():
                 goal = quality.goal_of(folder, ratio, halving)
-                size = quality.conversion_tables.size_name({"ratio": ratio, "halving": halving})
+                size = size_name({"ratio": ratio, "halving": halving})
                 found = record["models"].setdefault(folder.name, {}).setdefault(size, {})
                 for name in arguments.variants if goal else ():
                     if found.get(name, {}).get("code") == quality.code():

@@ -17,6 +17,7 @@ def cell(method: str, seed: int, excess: float) -> dict[str, Any]:
     return {
         "ratio": 0.5, "halving": 2, "method": method, "seed": seed, "rank": 8, "rope": 4,
         "perplexity": 5.0, "excess": known, "kl": known, "top1": known, "seconds": 1.0,
+        "code": "a", "steps": 200 if method == "ours" else 0,
     }  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def test_shares_are_medians_over_models_and_spread_over_seeds() -> None:
     assert (ours["lowest"], ours["highest"]) == (pytest.approx(0.2), pytest.approx(0.21))
     for missing in (found["d2_500"]["published, refined"], found["d1_250"]["ours"]):
         assert missing["median"] is missing["worst"] is None and missing["models"] == 0
+    assert ours["steps"] == "200"
     ablation = tables.shares(MODELS, [(0.5, 2)], ["without means"])
     assert ablation["d2_500"]["without means"]["median"] == pytest.approx(0.5)
 
