@@ -33,9 +33,9 @@ def shares(
 ) -> dict[str, Any]:
     """By size and method: excess log loss as a share of the published one's.
 
-    Only cells of the same code and seed are compared. A model counts with the mean of its seeds.
-    ``lowest`` and ``highest`` are those of the median over models where each seed stands alone,
-    over the seeds that all these models have. What is not measured is None.
+    Cells of the same seed are compared. A model counts with the mean of its seeds. ``lowest`` and
+    ``highest`` are those of the median over models where each seed stands alone, over the seeds
+    that all these models have. What is not measured is None.
     """
     names = [size_name({"ratio": ratio, "halving": halving}) for ratio, halving in sizes]
     return {size: {method: _summary(models, size, method) for method in methods} for size in names}
@@ -47,12 +47,10 @@ def _summary(models: dict[str, Any], size: str, method: str) -> dict[str, Any]:
     for name, model in models.items():
         cells = [c for c in (*model["cells"], *model["ablation"]) if size_name(c) == size]
         excess = {
-            (cell["seed"], cell["code"]): cell["excess"]["value"]
-            for cell in cells
-            if cell["method"] == "published"
+            cell["seed"]: cell["excess"]["value"] for cell in cells if cell["method"] == "published"
         }
         for cell in cells:
-            published = excess.get((cell["seed"], cell["code"]), 0.0)
+            published = excess.get(cell["seed"], 0.0)
             if cell["method"] == method and published > 0:
                 share = cell["excess"]["value"] / published
                 by_model.setdefault(name, {})[cell["seed"]] = share

@@ -17,7 +17,7 @@ def cell(method: str, seed: int, excess: float) -> dict[str, Any]:
     return {
         "ratio": 0.5, "halving": 2, "method": method, "seed": seed, "rank": 8, "rope": 4,
         "perplexity": 5.0, "excess": known, "kl": known, "top1": known, "seconds": 1.0,
-        "code": "a", "steps": 200 if method == "ours" else 0,
+        "steps": 200 if method == "ours" else 0,
     }  # fmt: skip
 
 
