@@ -12,12 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from mlakit.cli import app
+from mlakit.conversion.apply import convert
 from mlakit.conversion.budget import Goal, engine_choice, target_layer
 from mlakit.engines.targets import TARGETS, adaptations, padded_heads, require_expressible, table
 from mlakit.errors import UnsupportedModelError, UsageError
+from mlakit.evaluation import check
 from mlakit.families import read_model
 from mlakit.spec import AttentionSpec, ModelSpec, RopeSpec
-from tiny_models import save_tiny
+from tiny_models import TEXT, save_tiny
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 COMMON = {"vocab_size": 1000, "max_position_embeddings": 8192}
@@ -254,3 +256,26 @@ def test_convert_for_an_engine_plans_and_says_why(tmp_path: Path) -> None:
     assert "kv_a_proj_with_mqa" in str(plan["tensors"]) and "o_proj.bias" not in str(
         plan["tensors"]
     )
+
+
+def test_a_conversion_for_an_engine_has_what_it_takes(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    folder = save_tiny(
+        tmp_path / "wide", hidden_size=64, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=64, rope_parameters=rope,
+    )  # fmt: skip
+    (tmp_path / "text.txt").write_text(TEXT)
+    plan = convert(
+        folder, tmp_path / "out", cache_ratio=0.7, engine="vllm", refine_steps=0,
+        calibration=tmp_path / "text.txt", calibration_tokens=512,
+    )  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (256, 64)
+    assert config["rope_parameters"]["rope_type"] == "default" and config["rope_inv_freq"] is None
+    assert config["rope_parameters"]["rope_theta"] == plan.measured["rope_theta"]
+    assert not (config["q_bias"] or config["kv_a_bias"] or config["o_bias"])
+    found = check(str(folder), str(tmp_path / "out"), text=tmp_path / "text.txt", windows=1)
+    assert not found.failures  # through its cache what it computes in one pass
