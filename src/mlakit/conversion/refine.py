@@ -31,6 +31,9 @@ from mlakit.conversion.student import Student, layer_schedule
 LEARNING_RATE = 0.01
 """Adam's largest step, relative to the root mean square of each tensor."""
 
+SHORTEST = 5
+"""Steps between two checks, at least: a check costs about as much as one."""
+
 
 def learning_rate(step: int, steps: int) -> float:
     """Of a step, from 1 on: up over the first tenth, then down along a cosine."""
@@ -168,7 +171,7 @@ class Refiner:
             optimiser.zero_grad()
             errors.squares(rows).mean().backward()
             optimiser.step()
-            if step % max(1, steps // CHECKS) == 0 or step == steps:
+            if step % max(SHORTEST, steps // CHECKS) == 0 or step == steps:
                 found = errors.share(held_out)
                 if found < best:
                     best, kept = found, copy.deepcopy(attention.state_dict())
