@@ -175,14 +175,14 @@ def _carry_out(
 
 def print_plan(plan: ConversionPlan, console: Console) -> None:
     """A plan in a few lines, with what it needs."""
-    from mlakit.conversion.card import domain_list
+    from mlakit.conversion.card import cached_by, domain_list
 
     source, target, most = plan.source_layer, plan.target, " at most" if plan.open else ""
     _line(
         console,
         "attention",
-        f"{source.kind.upper()}, {source.num_attention_heads} heads on"
-        f" {source.num_key_value_heads} of size {source.head_dim}, {len(plan.layers)} layers",
+        f"{source.kind.upper()}, {source.num_attention_heads} heads on {cached_by(source)},"
+        f" {len(plan.layers)} layers",
     )
     _line(
         console,

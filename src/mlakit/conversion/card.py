@@ -11,7 +11,7 @@ from mlakit.conversion.forecast import HELD_OUT, STEP_TOKENS
 from mlakit.conversion.plan import FORMAT_VERSION, ConversionPlan
 from mlakit.families import FAMILIES, rope_parameters
 from mlakit.reporting.domains import disagreement
-from mlakit.spec import ModelSpec
+from mlakit.spec import AttentionSpec, ModelSpec
 
 DROPPED_KEYS = (
     *("torch_dtype", "auto_map", "_name_or_path"),
@@ -99,8 +99,7 @@ def model_card(plan: ConversionPlan) -> str:
         _cache_row("source", plan.source_cache_bytes, plan),
         _cache_row("this model", plan.cache_bytes, plan),
         "",
-        f"{source.num_attention_heads} query heads on {source.num_key_value_heads} key/value heads"
-        f" of size {source.head_dim} became a latent of `kv_lora_rank` {plan.rank_words} with"
+        f"{source.num_attention_heads} query heads on {cached_by(source)} became a latent of `kv_lora_rank` {plan.rank_words} with"
         f" `qk_rope_head_dim` {target.qk_rope_head_dim}, stored as {plan.dtype}.",
         "",
         *_calibration_lines(plan),
@@ -115,6 +114,13 @@ def model_card(plan: ConversionPlan) -> str:
         *(f"Note: {warning}." for warning in plan.warnings),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def cached_by(source: AttentionSpec) -> str:
+    """What a source layer caches, in words."""
+    if source.kv_lora_rank is not None:
+        return f"a latent of {source.kv_lora_rank} + {source.qk_rope_head_dim} numbers"
+    return f"{source.num_key_value_heads} key/value heads of size {source.head_dim}"
 
 
 def _promise(plan: ConversionPlan) -> str:
