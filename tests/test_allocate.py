@@ -55,6 +55,7 @@ def test_ranks_of_large_layers_are_multiples_of_16() -> None:
     flat = tuple(0.1 for _ in range(224))
     ranks = losses(steep, flat, full=256, rope=32).measured(2 * 100)
     assert ranks == (16, 176)  # 200 numbers hold twelve whole steps
+    assert losses(steep, flat, full=256, rope=8).measured(2 * 248) == (248, 248)
     assert losses(steep, flat, full=256, rope=32).sizes(measured=False, allowed=None)[-1].ranks == (
         224,
         224,

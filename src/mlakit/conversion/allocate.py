@@ -76,6 +76,8 @@ class Losses:
         divisions into whole steps, at least one for each layer.
         """
         count, step, most = len(self.axes), self.step, self.highest // self.step
+        if total >= count * self.highest:
+            return (self.highest,) * count
         ranks = [1] * count
         left = total // step - count
 
