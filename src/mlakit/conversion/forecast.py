@@ -72,7 +72,8 @@ def forecast_warnings(plan: ConversionPlan, model: ModelSpec, device: str) -> tu
                 "full rank saves no cache and still drops most of the rotation;"
                 " --equal-cache keeps the same bytes and is exact"
             )
-        if source.kv_lora_rank is None and rank > source.hidden_size + 1:
+        settled = source.kv_lora_rank is None and plan.goal.max_kl is None
+        if settled and rank > source.hidden_size + 1:
             found.append(
                 f"rank {rank} is above the hidden size {source.hidden_size}: the latent cannot"
                 " hold more than its input"
