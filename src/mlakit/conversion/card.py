@@ -100,7 +100,8 @@ def model_card(plan: ConversionPlan) -> str:
         _cache_row("this model", plan.cache_bytes, plan),
         "",
         f"{source.num_attention_heads} query heads on {cached_by(source)} became a latent of"
-        f" `kv_lora_rank` {plan.rank_words} with `qk_rope_head_dim` {target.qk_rope_head_dim}, stored as {plan.dtype}.",
+        f" `kv_lora_rank` {plan.rank_words} with"
+        f" `qk_rope_head_dim` {target.qk_rope_head_dim}, stored as {plan.dtype}.",
         "",
         *_calibration_lines(plan),
         "```python",
