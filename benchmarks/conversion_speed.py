@@ -119,6 +119,7 @@ def per_layer(rows: list[dict[str, Any]]) -> dict[str, float]:
         "seconds_all_in": last["seconds"]["work"] / last["layers"],
         "bytes": (last["own_peak"] - first["own_peak"]) / more,
         "peak_bytes": last["own_peak"],
+        "peak_mib": last["own_peak"] / 2**20,
     }
 
 
