@@ -90,6 +90,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
         for name, colour in (("closed form", "#ee7733"), ("refined", "#cc3311")):
             found = [row for row in rows if row["case"] == f"{shape}, {name}"]
             found.sort(key=lambda row: row["layers"])
+            if not found:
+                continue
             layers = [row["layers"] for row in found]
             for key, style, what in (
                 ("own_peak", "o-", "measured"),
@@ -99,7 +101,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 panel.plot(layers, sizes, style, color=colour, label=f"{name}, {what}")
         hidden, heads, groups, dim, _ = SHAPES[shape]
         panel.set_title(f"{shape}: D {hidden}, {heads} heads on {groups} x {dim}", fontsize=8)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.35 * panel.get_ylim()[1])
         panel.set_xticks(sorted({row["layers"] for row in rows if row["shape"] == shape}))
         panel.set_xlabel("layers")
         panel.grid(axis="y", color="#e6e8ec")
