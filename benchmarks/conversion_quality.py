@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -52,13 +53,18 @@ OTHERS = (0.25, 0.28, 0.125)
 """Cache ratios in the order they are measured in."""
 ABLATED = ((0.5, 1), (0.375, 1), (0.5, 2))
 """Cache ratios, and the share of the head size that stays rotated, of the ablation."""
+EVEN = "without ranks by layer"
 SEEDS = (0, 1, 2)
 CALIBRATION_TOKENS, TEST_TOKENS, LONGEST = 16384, 12288, 512
 METHODS: dict[str, dict[str, Any]] = {
     "published": {"method": "transmla"},
     "ours, closed form": {"refine_steps": 0},
     "published, refined": {"method": "transmla", "refine_steps": AUTO_STEPS},
-    "ours, closed form, stock layout": {"refine_steps": 0, "without": ["frequencies", "means"]},
+    "ours, closed form, stock layout": {
+        "refine_steps": 0,
+        "without": ["frequencies", "means"],
+        "ranks": "even",
+    },
     "ours": {},
 }
 
@@ -89,6 +95,8 @@ class Cell:
         """What ``convert`` is told beside the sizes."""
         if self.kind == "cells":
             return METHODS[self.method]
+        if self.method == EVEN:
+            return {"ranks": "even", "refine_steps": 0}
         return {"without": self.method.removeprefix("without ").split(" and "), "refine_steps": 0}
 
 
@@ -143,7 +151,7 @@ def losses(scores: torch.Tensor, windows: torch.Tensor) -> np.ndarray:
     return -scores.gather(2, windows[:, 1:, None]).double().mean((1, 2)).numpy()
 
 
-def measure(case: Case, cell: Cell, goal: dict[str, int], work: Path) -> dict[str, Any]:
+def measure(case: Case, cell: Cell, goal: dict[str, float], work: Path) -> dict[str, Any]:
     """Converts and scores; intervals are 95 % bootstraps over windows."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         started = time.perf_counter()
@@ -158,7 +166,7 @@ def measure(case: Case, cell: Cell, goal: dict[str, int], work: Path) -> dict[st
     kl = torch.stack([kl_divergence(a, b).mean() for a, b in zip(case.log_probabilities, scores)])
     same = (scores.argmax(-1) == case.log_probabilities.argmax(-1)).double().mean(1)
     return {
-        "rank": plan.target.kv_lora_rank,
+        "rank": statistics.mean(plan.ranks),
         "rope": plan.target.qk_rope_head_dim,
         "perplexity": math.exp(source.mean() + excess.value),
         "excess": excess.model_dump(),
@@ -178,12 +186,12 @@ def code() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
-def goal_of(folder: Path, ratio: float, halving: int) -> dict[str, int] | None:
-    """Rank and rotary width at a share of the cache; None where no rank is left."""
+def goal_of(folder: Path, ratio: float, halving: int) -> dict[str, float] | None:
+    """Rotary width at a share of the cache; None where no rank is left."""
     layer = read_model(open_checkpoint(folder).config).layers[0]
     rope = layer.head_dim // halving
     rank = math.floor(ratio * layer.cache_width + 1e-9) - rope
-    return {"kv_lora_rank": rank, "qk_rope_head_dim": rope} if rank > 0 else None
+    return {"cache_ratio": ratio, "qk_rope_head_dim": rope} if rank > 0 else None
 
 
 def cells(seeds: list[int], methods: list[str]) -> Iterator[Cell]:
@@ -197,6 +205,7 @@ def cells(seeds: list[int], methods: list[str]) -> Iterator[Cell]:
             for part in PARTS:
                 without = "frequencies and theta" if part == "theta" else part
                 yield Cell("ablation", ratio, halving, f"without {without}", seed)
+            yield Cell("ablation", ratio, halving, EVEN, seed)
         yield from _grid(OTHERS, methods, seed)
 
 
@@ -276,7 +285,7 @@ def run(folders: list[Path], work: Path, arguments: argparse.Namespace) -> None:
             record["environment"] = environment()
             write(record, arguments.output)
             print(
-                f"{name}: {cell.ratio:.1%} rope {found['rope']} + rank {found['rank']}"
+                f"{name}: {cell.ratio:.1%} rope {found['rope']} + rank {found['rank']:.4g}"
                 f" {cell.method}, seed {cell.seed}: {found['perplexity']:.4g},"
                 f" KL {found['kl']['value']:.3g}, top-1 {found['top1']['value']:.1%},"
                 f" {found['seconds']:.0f} s",

@@ -127,7 +127,7 @@ def _row(cells: list[dict[str, Any]]) -> str:
 
     perplexity = math.exp(statistics.mean(math.log(cell["perplexity"]) for cell in cells))
     return (
-        f"| {first['ratio']:.1%} | {first['rope']} + {first['rank']} | {first['method']}"
+        f"| {first['ratio']:.1%} | {first['rope']} + {first['rank']:.4g} | {first['method']}"
         f" | {perplexity:.4g} | {figure('excess', '.4f')} | {figure('kl', '.4f')}"
         f" | {figure('top1', '.1%')} | {len(cells)}"
         f" | {statistics.mean(cell['seconds'] for cell in cells):.0f} |"
