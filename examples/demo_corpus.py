@@ -35,7 +35,7 @@ def load_texts(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """
     train, held_out = {}, {}
     for name, file in FILES.items():
-        text = data.read_text(folder / file).replace("<|endoftext|>\n", EOS)
+        text = (folder / file).read_text(encoding="utf-8").replace("<|endoftext|>\n", EOS)
         cut = round(len(text) * (1 - HELD_OUT))
         train[name], held_out[name] = text[:cut], text[cut:]
     return train, held_out
