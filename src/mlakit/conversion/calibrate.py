@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from mlakit.conversion.adapt import source_weights
+from mlakit.conversion.amounts import BATCH_TOKENS, VOCABULARY_SLICE
 from mlakit.conversion.factor import AttentionWeights, compress_query
-from mlakit.conversion.forecast import BATCH_TOKENS, VOCABULARY_SLICE
 from mlakit.conversion.rotate import Rotation
 from mlakit.conversion.stream import LayerReader, run_layer
 from mlakit.conversion.windows import held_out_count

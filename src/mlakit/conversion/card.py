@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlakit import __version__
+from mlakit.conversion.amounts import HELD_OUT, STEP_TOKENS
 from mlakit.conversion.domains import Domain
-from mlakit.conversion.forecast import HELD_OUT, STEP_TOKENS
 from mlakit.conversion.plan import FORMAT_VERSION, ConversionPlan
 from mlakit.families import FAMILIES, rope_parameters
 from mlakit.reporting.domains import disagreement

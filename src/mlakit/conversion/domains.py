@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 
 from mlakit.account import cache_bytes, parameters
 from mlakit.checkpoint import Checkpoint
-from mlakit.conversion.forecast import CPU_FLOPS, CUDA_FLOPS, HELD_OUT, WINDOW, Estimate
+from mlakit.conversion.amounts import HELD_OUT, WINDOW
+from mlakit.conversion.cost import Estimate
+from mlakit.conversion.cost.machine import CPU_FLOPS, CUDA_FLOPS
 from mlakit.data import BUILTIN, Source
 from mlakit.errors import UsageError
 from mlakit.spec import ModelSpec

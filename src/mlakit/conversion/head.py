@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mlakit.conversion.forecast import VOCABULARY_SLICE
+from mlakit.conversion.amounts import VOCABULARY_SLICE
 from mlakit.conversion.stream import LayerReader
 
 

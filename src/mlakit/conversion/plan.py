@@ -14,9 +14,9 @@ from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.conversion.budget import Goal, engine_choice, target_layer
+from mlakit.conversion.cautions import cautions
+from mlakit.conversion.cost import Estimate, forecast_cost
 from mlakit.conversion.domains import Calibration, plan_texts, text_warnings, with_samples
-from mlakit.conversion.forecast import Estimate, forecast_warnings
-from mlakit.conversion.needs import forecast_cost
 from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.engines.targets import TARGETS, adaptations, require_expressible
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
@@ -233,7 +233,7 @@ def make_plan(
     if texts is not None:
         estimate = with_samples(estimate, texts, checkpoint, model, device)
         found += text_warnings(texts)
-    found += [*forecast_warnings(plan, model, device), *_left_out(checkpoint, model)]
+    found += [*cautions(plan, model, device), *_left_out(checkpoint, model)]
     return replace(plan, estimate=estimate, warnings=tuple(found))
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from mlakit.conversion.adapt import stored_tensors
+from mlakit.conversion.amounts import CHECKS, STEP_TOKENS
 from mlakit.conversion.calibrate import batch_size, split_held_out
 from mlakit.conversion.card import converted_config
 from mlakit.conversion.factor import Tensors
-from mlakit.conversion.forecast import CHECKS, STEP_TOKENS
 from mlakit.conversion.plan import ConversionPlan, Progress
 from mlakit.conversion.sensitivity import Sensitivity, importance
 from mlakit.conversion.stream import Activations, LayerReader, Stream

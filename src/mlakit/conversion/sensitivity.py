@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from mlakit.checkpoint.writing import atomic_file
-from mlakit.conversion.forecast import SENSITIVITY_BATCH, SENSITIVITY_TOKENS
+from mlakit.conversion.amounts import SENSITIVITY_BATCH, SENSITIVITY_TOKENS
 from mlakit.conversion.head import Head
 from mlakit.conversion.plan import Progress
 from mlakit.conversion.stream import Activations, LayerReader, Stream

@@ -15,7 +15,7 @@ from torch import nn
 
 from mlakit.checkpoint import Checkpoint
 from mlakit.checkpoint.writing import atomic_file
-from mlakit.conversion.machine import cpu_multiplies_bfloat16
+from mlakit.conversion.cost.machine import cpu_multiplies_bfloat16
 from mlakit.errors import UnsupportedModelError
 from mlakit.families import FAMILIES, Family
 from mlakit.spec import ModelSpec

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from mlakit.checkpoint import Checkpoint
+from mlakit.conversion.amounts import HELD_OUT
 from mlakit.conversion.domains import Calibration, Domain
-from mlakit.conversion.forecast import HELD_OUT
 from mlakit.conversion.plan import Progress
 from mlakit.conversion.samples import require_memory, stored_samples
 from mlakit.data import Source, source_windows

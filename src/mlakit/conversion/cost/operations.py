@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from mlakit.conversion.dimensions import Dimensions
-from mlakit.conversion.forecast import (
-    CHECKS,
+from mlakit.conversion.amounts import CHECKS, HELD_OUT, SENSITIVITY_TOKENS, STEP_TOKENS
+from mlakit.conversion.cost.dimensions import Dimensions
+from mlakit.conversion.cost.machine import (
     CUDA_FLOPS,
     DISK_BYTES_PER_SECOND,
-    HELD_OUT,
-    SENSITIVITY_TOKENS,
-    STEP_TOKENS,
+    cpu_bytes_per_second,
+    cpu_flops,
 )
-from mlakit.conversion.machine import cpu_bytes_per_second, cpu_flops
 
 PRODUCTS = 0.83
 """Of the measured speed of one large product, what products get between other work."""

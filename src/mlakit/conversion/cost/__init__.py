@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlakit.conversion import workload
-from mlakit.conversion.dimensions import Dimensions, dimensions
-from mlakit.conversion.footprint import footprint, peak
-from mlakit.conversion.forecast import SENSITIVITY_TOKENS, Estimate
+from mlakit.conversion.amounts import SENSITIVITY_TOKENS
+from mlakit.conversion.cost import operations
+from mlakit.conversion.cost.dimensions import Dimensions, dimensions
+from mlakit.conversion.cost.memory import footprint, peak
+from mlakit.conversion.cost.operations import Work
 from mlakit.conversion.rotary_sizes import freqfold_candidates
-from mlakit.conversion.workload import Work
 from mlakit.spec import ModelSpec
 
 if TYPE_CHECKING:
     from mlakit.conversion.plan import ConversionPlan
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the run will need: peak memory and disk in bytes, time in seconds."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
 
 
 def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estimate:
@@ -27,22 +37,22 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
     last = sum(tensor.nbytes for tensor in new if tensor.shard == plan.shards)
     work = Work()
     if plan.calibration is None:
-        work += workload.equal_cache(size)
+        work += operations.equal_cache(size)
     else:
-        work += workload.writing(size)
+        work += operations.writing(size)
         if survey:
-            work += workload.survey(size, passes=1 if goal.has("frequencies") else 2)
+            work += operations.survey(size, passes=1 if goal.has("frequencies") else 2)
         else:
-            work += workload.moments(size, folds=_folds(plan))
+            work += operations.moments(size, folds=_folds(plan))
         if sensed:
-            work += workload.sensitivity(size)
+            work += operations.sensitivity(size)
         if refined:
-            work += workload.refinement(size, goal.steps)
+            work += operations.refinement(size, goal.steps)
     work = work.times(size.layers)
     if sensed:
-        work += workload.predictions(size)
+        work += operations.predictions(size)
     disk = plan.nbytes + _work_files(size, survey=survey, sensed=sensed, refined=refined)
-    seconds = workload.seconds(work, size, device)
+    seconds = operations.seconds(work, size, device)
     return Estimate(max(peak(phases), last), disk, round(seconds, 1))
 
 

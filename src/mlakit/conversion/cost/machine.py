@@ -1,4 +1,7 @@
-"""How fast this machine multiplies and writes, found out in a fraction of a second. No torch."""
+"""How fast this machine multiplies and writes: found out in a fraction of a second, or assumed.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,11 @@ from pathlib import Path
 PRODUCTS = ((512, 40), (1024, 8))
 """Rows and columns of the matrices that the processor is timed with, and how often: short ones
 come through between what else runs, long ones fill many cores."""
+
+CPU_FLOPS = 2e10
+CUDA_FLOPS = 2e13
+DISK_BYTES_PER_SECOND = 5e8
+"""Assumed speeds (per CPU core; any GPU; any disk) behind the estimate of the time."""
 
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}

@@ -1,8 +1,7 @@
-"""What a conversion will cost and what may disappoint, guessed from its plan. No torch here."""
+"""What may disappoint about a conversion, said before it begins. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlakit.conversion.allocate import SEARCH_ROUNDS
@@ -11,47 +10,9 @@ from mlakit.spec import ModelSpec
 if TYPE_CHECKING:
     from mlakit.conversion.plan import ConversionPlan
 
-WINDOW = 512
-"""Tokens per calibration window, or the source's context if that is shorter."""
 
-BATCH_TOKENS = 2048
-"""Tokens that go through a layer together."""
-
-HELD_OUT = 8
-"""One window in this many is held out, to choose what statistics cannot say."""
-
-STEP_TOKENS = 2048
-"""Tokens of one gradient step of a refinement."""
-
-SENSITIVITY_TOKENS = 8192
-"""Calibration tokens whose gradients are looked at, one pass up and one down."""
-
-SENSITIVITY_BATCH = 1024
-"""Tokens that go backwards through a layer together."""
-
-VOCABULARY_SLICE = 8192
-"""Rows of the output matrix that are multiplied at once."""
-
-CHECKS = 20
-"""How often a refinement looks at the held-out error; the best state found is kept."""
-
-CPU_FLOPS = 2e10
-CUDA_FLOPS = 2e13
-DISK_BYTES_PER_SECOND = 5e8
-"""Assumed speeds (per CPU core; any GPU; any disk) behind the estimate of the time."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What the run will need: peak memory and disk in bytes, time in seconds."""
-
-    memory_bytes: int
-    disk_bytes: int
-    seconds: float
-
-
-def forecast_warnings(plan: ConversionPlan, model: ModelSpec, device: str) -> tuple[str, ...]:
-    """What may disappoint, one sentence each."""
+def cautions(plan: ConversionPlan, model: ModelSpec, device: str) -> tuple[str, ...]:
+    """One sentence each."""
     source, target = plan.source_layer, plan.target
     found: list[str] = []
     if not device.startswith("cpu"):

@@ -7,13 +7,13 @@ come and go within an expression, the part is the most that is held of them at o
 
 from __future__ import annotations
 
-from mlakit.conversion.dimensions import Dimensions
-from mlakit.conversion.forecast import (
+from mlakit.conversion.amounts import (
     BATCH_TOKENS,
     SENSITIVITY_BATCH,
     STEP_TOKENS,
     VOCABULARY_SLICE,
 )
+from mlakit.conversion.cost.dimensions import Dimensions
 
 LIBRARIES = 370 * 2**20
 """Own pages of Python with torch, transformers and a tokenizer loaded."""

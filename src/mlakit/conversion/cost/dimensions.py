@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlakit.conversion.forecast import HELD_OUT
-from mlakit.conversion.machine import cpu_multiplies_bfloat16
+from mlakit.conversion.amounts import HELD_OUT
+from mlakit.conversion.cost.machine import cpu_multiplies_bfloat16
 from mlakit.families import FAMILIES
 from mlakit.spec import ModelSpec
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from mlakit.checkpoint import open_checkpoint
-from mlakit.conversion import machine, workload
 from mlakit.conversion.budget import Goal
-from mlakit.conversion.dimensions import Dimensions, dimensions
-from mlakit.conversion.footprint import LIBRARIES, footprint, peak
+from mlakit.conversion.cost import machine, operations
+from mlakit.conversion.cost.dimensions import Dimensions, dimensions
+from mlakit.conversion.cost.memory import LIBRARIES, footprint, peak
 from mlakit.conversion.plan import ConversionPlan, make_plan
 from mlakit.families import read_model
 from tiny_models import save_tiny
@@ -74,8 +74,8 @@ def test_dimensions_are_those_of_the_checkpoint(tmp_path: Path) -> None:
 def test_time_follows_depth_text_and_steps(
     goal: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workload, "cpu_flops", lambda: 1e7)
-    monkeypatch.setattr(workload, "cpu_bytes_per_second", lambda: 1e9)
+    monkeypatch.setattr(operations, "cpu_flops", lambda: 1e7)
+    monkeypatch.setattr(operations, "cpu_bytes_per_second", lambda: 1e9)
     one = planned(save_tiny(tmp_path / "2", num_hidden_layers=2), **goal).estimate.seconds
     two = planned(save_tiny(tmp_path / "4", num_hidden_layers=4), **goal).estimate.seconds
     assert 1.5 * one < two < 2.1 * one

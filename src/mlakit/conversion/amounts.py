@@ -1,0 +1,27 @@
+"""How much each phase of a conversion looks at, in tokens and rows. No torch here."""
+
+from __future__ import annotations
+
+WINDOW = 512
+"""Tokens per calibration window, or the source's context if that is shorter."""
+
+BATCH_TOKENS = 2048
+"""Tokens that go through a layer together."""
+
+HELD_OUT = 8
+"""One window in this many is held out, to choose what statistics cannot say."""
+
+STEP_TOKENS = 2048
+"""Tokens of one gradient step of a refinement."""
+
+SENSITIVITY_TOKENS = 8192
+"""Calibration tokens whose gradients are looked at, one pass up and one down."""
+
+SENSITIVITY_BATCH = 1024
+"""Tokens that go backwards through a layer together."""
+
+VOCABULARY_SLICE = 8192
+"""Rows of the output matrix that are multiplied at once."""
+
+CHECKS = 20
+"""How often a refinement looks at the held-out error; the best state found is kept."""
