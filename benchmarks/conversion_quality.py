@@ -240,7 +240,7 @@ def write(record: dict[str, Any], output: Path) -> None:
     sizes = [(ratio, halving) for ratio in (*HEADLINE, *OTHERS) for halving in (1, 2)]
     parts = [cell.method for cell in cells([0], []) if (cell.ratio, cell.halving) == ABLATED[0]]
     record["share_of_published_excess"] = conversion_tables.shares(record["models"], sizes)
-    record["ablation"] = conversion_tables.shares(record["models"], list(ABLATED), parts)
+    record["ablation"] = conversion_tables.ablation(record["models"], list(ABLATED), parts)
     write_json_atomic(output, record)
     if output == RESULT:
         conversion_tables.write_page(record)

@@ -41,6 +41,23 @@ def shares(
     return {size: {method: _summary(models, size, method) for method in methods} for size in names}
 
 
+def ablation(
+    models: dict[str, Any], sizes: list[tuple[float, int]], parts: list[str]
+) -> dict[str, Any]:
+    """``shares`` without each part and with all, over the models that have all that is measured."""
+    result = {}
+    for ratio, halving in sizes:
+        size = size_name({"ratio": ratio, "halving": halving})
+        found = {
+            name: {cell["method"] for cell in model["ablation"] if size_name(cell) == size}
+            for name, model in models.items()
+        }
+        most = max(map(len, found.values()), default=0)
+        whole = {name: models[name] for name, methods in found.items() if len(methods) == most}
+        result |= shares(whole, [(ratio, halving)], [*parts, "ours, closed form"])
+    return result
+
+
 def _summary(models: dict[str, Any], size: str, method: str) -> dict[str, Any]:
     by_model: dict[str, dict[int, float]] = {}
     steps: set[int] = set()
