@@ -131,7 +131,8 @@ def test_layers_of_their_own_ranks(tiny: Path, tmp_path: Path) -> None:
             model(input_ids=ids, past_key_values=cache, use_cache=True).logits
             for ids in (IDS[:, :7], IDS[:, 7:8], IDS[:, 8:])
         ]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    # float32 in another order of sums, logits up to 4.5; measured 6e-6
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=5e-5)
     per_token = sum(layer.cache_width for layer in spec.layers) * 4
     assert cache_nbytes(cache) == 2 * 64 * per_token
     assert plan.cache_bytes == per_token
