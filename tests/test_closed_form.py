@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlakit.conversion import closed_form
 from mlakit.conversion.closed_form import Rope
 from mlakit.conversion.factor import AttentionWeights, LowRank
-from mlakit.conversion.observe import Observer, Statistics
+from mlakit.conversion.observe import Observer, Statistics, felt_output
 from mlakit.conversion.rotate import hermitian_moment, keep_rope, rorope
 from mlakit.spec import AttentionSpec, RopeSpec
 
@@ -112,7 +112,9 @@ def latent_parts(
 def observed(weights: AttentionWeights, x: torch.Tensor) -> Statistics:
     """The statistics of these inputs, as an Observer takes them."""
     groups = len(weights.k)
-    observer = Observer(weights, spec_of(groups), FREQUENCIES, 1.0, len(x))
+    observer = Observer(
+        weights, spec_of(groups), FREQUENCIES, 1.0, len(x), felt_output(weights, None)
+    )
     observer.projections = [weights.q, weights.k, weights.v]  # no rounding to float32
     output = weights.o[:, :-1].unflatten(1, (HEADS, -1))
     observer.gram = torch.einsum("xhv,xhu->hvu", output, output)
@@ -167,7 +169,7 @@ def test_full_rank_is_the_partial_rope_model(groups: int, rope_dim: int) -> None
     keys = closed_form.unrotated_keys(weights, rope.kept)
     metric = (
         closed_form.key_metric(seen, spec, rope.dropped),
-        closed_form.value_metric(seen, spec, weights),
+        closed_form.value_metric(seen, spec, weights, felt_output(weights, None)),
     )
     rank = 2 * groups * DIM - rope_dim
     axes = closed_form.output_axes(
@@ -210,7 +212,7 @@ def test_the_metric_is_the_measured_error_to_first_order(groups: int) -> None:
     seen, spec = observed(weights, x), spec_of(groups)
     still = torch.ones(HEADS, DIM // 2, dtype=torch.complex128)
     key_metric = closed_form.key_metric(seen, spec, still)
-    value_metric = closed_form.value_metric(seen, spec, weights)
+    value_metric = closed_form.value_metric(seen, spec, weights, felt_output(weights, None))
     scores, values, exact = source_parts(weights, x)
     generator = torch.Generator().manual_seed(2)
     query = torch.einsum("btx,hdx->bhtd", with_one(x), weights.q)

@@ -14,7 +14,7 @@ from mlakit.conversion.adapt import stored_tensors
 from mlakit.conversion.budget import Goal
 from mlakit.conversion.calibrate import layer_weights
 from mlakit.conversion.card import converted_config
-from mlakit.conversion.observe import Observer
+from mlakit.conversion.observe import Observer, felt_output
 from mlakit.conversion.plan import make_plan
 from mlakit.conversion.stream import LayerReader
 from mlakit.conversion.student import Student
@@ -45,7 +45,8 @@ def test_a_trial_errs_as_the_uncut_student_does(case: str, tmp_path: Path, text:
     reader = LayerReader(checkpoint, read_model(checkpoint.config), torch.device("cpu"))
     spec, weights = reader.spec.layers[1], layer_weights(reader, 1)
     frequencies, factor = reader.frequencies(1)
-    observer, model = Observer(weights, spec, frequencies, factor, 3), reader.layer(1)
+    felt = felt_output(weights, None)
+    observer, model = Observer(weights, spec, frequencies, factor, 3, felt), reader.layer(1)
     observer.watch(model.layers[0].self_attn)
     torch.manual_seed(0)
     model(inputs_embeds=torch.randn(5, 24, spec.hidden_size), use_cache=False)

@@ -145,17 +145,25 @@ def value_metric(
     statistics: Statistics,
     spec: AttentionSpec,
     weights: AttentionWeights,
-    importance: torch.Tensor | None = None,
+    felt: torch.Tensor,
 ) -> torch.Tensor:
-    """``B_V [G V, G V]``: what errors of the values do to the output, in its metric."""
-    output, group = weights.o[:, :-1].unflatten(1, (len(weights.q), -1)), weights.group_of_head
-    felt = output if importance is None else torch.einsum("xy,yhv->xhv", importance, output)
-    felt = felt.unflatten(1, (spec.num_key_value_heads, -1))  # [D, G, H/G, V]
-    metric = output.new_zeros(*felt.shape[1:4:2], felt.shape[1] * felt.shape[3])
-    for head, overlap in enumerate(statistics.overlap):
-        others = torch.einsum("xgnv,gn->xgv", felt, overlap.view(felt.shape[1:3]))
-        metric[group[head]] += output[:, head].mT @ others.flatten(1)
-    return metric.flatten(0, 1)
+    """``B_V [G V, G V]``: what errors of the values do to the output, in its metric.
+
+    Args:
+        statistics: of the layer's attention.
+        spec: the source layer.
+        weights: the source layer.
+        felt: ``felt_output`` of the layer, ``[D, H V]``.
+    """
+    shape = (spec.num_key_value_heads, len(weights.q) // spec.num_key_value_heads, -1)
+    output = weights.o[:, :-1].unflatten(1, shape)  # [D, G, H/G, V]
+    felt = felt.to(output).unflatten(1, shape).permute(1, 2, 0, 3).contiguous()  # [G, H/G, D, V]
+    overlap = statistics.overlap.view(*felt.shape[:2], *felt.shape[:2])
+    blocks = []
+    for group, shared in enumerate(overlap):
+        others = torch.einsum("ngm,gmxv->nxgv", shared, felt)
+        blocks.append(torch.einsum("xnu,nxgv->ugv", output[:, group], others).flatten(1))
+    return torch.cat(blocks)
 
 
 @dataclass(frozen=True)

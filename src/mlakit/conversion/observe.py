@@ -57,6 +57,17 @@ def turn_factor(frequencies: torch.Tensor, factor: float) -> torch.Tensor:
     return torch.where(frequencies == 0, 1.0, factor).to(frequencies)
 
 
+def felt_output(weights: AttentionWeights, importance: torch.Tensor | None) -> torch.Tensor:
+    """``G W_O``, ``[D, H V]``: what the block's output is worth, on its way back to the heads.
+
+    Args:
+        weights: the source layer.
+        importance: ``G [D, D]``, known to float32; None for plain squares.
+    """
+    output = weights.o[:, :-1]
+    return output if importance is None else importance.float() @ output.float()
+
+
 class Observer:
     """Sees the attention module of a layer at work and sums up.
 
@@ -66,7 +77,7 @@ class Observer:
         frequencies: its rotary frequencies, ``[d/2]``.
         factor: what its rotary embedding multiplies cos and sin with.
         windows: the first so many windows count; later ones are held out and kept as they are.
-        importance: ``[D, D]``, the metric of the block's output; None for plain squares.
+        felt: ``felt_output`` of the layer.
     """
 
     def __init__(
@@ -76,13 +87,15 @@ class Observer:
         frequencies: torch.Tensor,
         factor: float,
         windows: int,
-        importance: torch.Tensor | None = None,
+        felt: torch.Tensor,
     ) -> None:
         self.weights = weights
         self.projections = [part.float() for part in (weights.q, weights.k, weights.v)]
-        blocks = weights.o[:, :-1].unflatten(1, (spec.num_attention_heads, -1))  # [D, H, V]
-        felt = blocks if importance is None else torch.einsum("xy,yhv->xhv", importance, blocks)
-        self.gram = torch.einsum("xhv,xhu->hvu", blocks, felt).float()
+        blocks, felt = (
+            part.float().unflatten(1, (spec.num_attention_heads, -1)).transpose(0, 1)
+            for part in (weights.o[:, :-1], felt)
+        )
+        self.gram = blocks.mT @ felt  # [H, V, V]
         self.spec = spec
         self.frequencies, self.factor = frequencies, factor
         self.windows = windows

@@ -26,7 +26,7 @@ from mlakit.conversion.calibrate import batch_size, layer_weights, split_held_ou
 from mlakit.conversion.card import converted_config
 from mlakit.conversion.closed_form import Axes, Rope
 from mlakit.conversion.factor import AttentionWeights
-from mlakit.conversion.observe import HeldOut, Observer, Statistics
+from mlakit.conversion.observe import HeldOut, Observer, Statistics, felt_output
 from mlakit.conversion.plan import ConversionPlan, Progress
 from mlakit.conversion.rotate import KeptRope
 from mlakit.conversion.sensitivity import Sensitivity
@@ -44,13 +44,19 @@ the kept dimensions on frequencies that do turn within a text."""
 
 @dataclass(frozen=True)
 class Layer:
-    """A source layer and what was seen of it; ``importance`` is the metric of its output."""
+    """A source layer and what was seen of it.
+
+    Attributes:
+        importance: the metric of its output.
+        felt: ``felt_output`` in this metric.
+    """
 
     index: int
     weights: AttentionWeights
     statistics: Statistics
     held_out: list[HeldOut]
     importance: torch.Tensor | None
+    felt: torch.Tensor
     frequencies: torch.Tensor
     factor: float
 
@@ -186,7 +192,7 @@ class Survey:
         if has("metric"):
             metric = (
                 closed_form.key_metric(seen, spec, rope.dropped),
-                closed_form.value_metric(seen, spec, weights, layer.importance),
+                closed_form.value_metric(seen, spec, weights, layer.felt),
             )
         else:
             rope_dim, groups = len(rope.kept.frequencies) * 2, len(weights.k)
@@ -222,7 +228,8 @@ class Survey:
         frequencies, factor = self.reader.frequencies(index)
         spec = self.reader.spec.layers[index].absorbed
         metric = None if self.sensitivity is None else self.sensitivity.matrix(index)
-        observer = Observer(weights, spec, frequencies, factor, self.fitted, metric)
+        felt = felt_output(weights, metric)
+        observer = Observer(weights, spec, frequencies, factor, self.fitted, felt)
         model = self.reader.layer(index)
         observer.watch(model.layers[0].self_attn)
         self.stream.run(index, model)
@@ -232,6 +239,7 @@ class Survey:
             observer.statistics(),
             observer.held_out,
             metric,
+            felt,
             frequencies,
             factor,
         )
