@@ -10,7 +10,9 @@ samples of their own. Every window is scored in one pass, in which converted mod
 values from the latents they would cache.
 
 What the JSON has for the same code is not measured again, so a run that was cut off goes on where
-it was, and ``--merge FILE`` takes in what another machine or checkout measured.
+it was, and ``--merge FILE`` takes in what another machine or checkout measured. After a change of
+the code that should leave its results alone, ``--recheck N`` measures N of the older cells again:
+where none moves by more than 2 % they all count as this code's, and the JSON says so.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -55,6 +58,8 @@ ABLATED = ((0.5, 1), (0.375, 1), (0.5, 2))
 """Cache ratios, and the share of the head size that stays rotated, of the ablation."""
 EVEN = "without ranks by layer"
 SEEDS = (0, 1, 2)
+MOVED = 0.02
+"""By how much of itself a KL divergence may move for older cells to count as this code's."""
 CALIBRATION_TOKENS, TEST_TOKENS, LONGEST = 16384, 12288, 512
 METHODS: dict[str, dict[str, Any]] = {
     "published": {"method": "transmla"},
@@ -293,6 +298,37 @@ def run(folders: list[Path], work: Path, arguments: argparse.Namespace) -> None:
             )
 
 
+def recheck(folders: list[Path], work: Path, output: Path, count: int) -> None:
+    """Measures some of the cells that older code measured, and takes over all if none moves."""
+    record, cases = read(output), {}
+    known = {folder.name: folder for folder in folders}
+    old = [
+        (known[name], kind, cell)
+        for name, model in record["models"].items()
+        for kind in ("cells", "ablation")
+        for cell in model[kind]
+        if name in known and cell["code"] != code()
+    ]
+    picked = random.Random(code()).sample(old, min(count, len(old)))
+    moved = []
+    for folder, kind, cell in picked:
+        case = cases.get(folder) or cases.setdefault(folder, open_case(folder, work))
+        goal = goal_of(folder, cell["ratio"], cell["halving"])
+        assert goal is not None
+        again = Cell(kind, *(cell[key] for key in ("ratio", "halving", "method", "seed")))
+        found = measure(case, again, goal, work)["kl"]["value"]
+        moved.append(abs(found / cell["kl"]["value"] - 1))
+        print(f"{folder.name} {again}: KL {cell['kl']['value']:.6g}, now {found:.6g}", flush=True)
+    if not moved or max(moved) > MOVED:
+        return
+    earlier = sorted({cell["code"] for _, _, cell in old})
+    fact = {"from": earlier, "to": code(), "cells": len(old), "measured_again": len(moved)}
+    record.setdefault("rechecks", []).append(fact | {"most_moved": max(moved)})
+    for _, _, cell in old:
+        cell["code"] = code()
+    write(record, output)
+
+
 def main() -> None:
     """Measures the models given, or all at hand; or takes in what was measured elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -301,6 +337,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--merge", type=Path, help="a JSON of another run; nothing is measured")
+    parser.add_argument("--recheck", type=int, metavar="N", help="measure N older cells again")
     arguments = parser.parse_args()
     if arguments.merge:
         record = read(arguments.output)
@@ -310,7 +347,10 @@ def main() -> None:
     at_hand = sorted(path.parent for path in (SHARED / "models").glob("*/config.json"))
     folders = [folder.resolve() for folder in arguments.models or [*at_hand, DEMO]]
     with tempfile.TemporaryDirectory() as work:
-        run(folders, Path(work), arguments)
+        if arguments.recheck:
+            recheck(folders, Path(work), arguments.output, arguments.recheck)
+        else:
+            run(folders, Path(work), arguments)
 
 
 if __name__ == "__main__":
