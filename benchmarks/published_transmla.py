@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 
-BATCH = 8
-"""Windows per calibration batch, the converter's default."""
+BATCH, TEST_BATCH = 8, 2
+"""Windows per batch of calibration and of test, the converter's defaults."""
 
 
 def convert(
     checkout: Path, model_path: Path, output: Path, windows: torch.Tensor, rank: int, rope: int,
-    freqfold: int,
+    freqfold: int | str, test: torch.Tensor | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """One conversion as its ``converter.py`` does it, without perplexities on a test set.
+    """One conversion as its ``converter.py`` does it.
 
     Args:
         checkout: the repository.
@@ -41,22 +41,28 @@ def convert(
         rank: ``--kv-lora-rank``.
         rope: ``--qk-mqa-dim``.
         freqfold: ``--freqfold``.
+        test: token ids ``[windows, T]`` that perplexities are scored on: of the source, of every
+            fold that ``auto`` tries, and of the result. None for no scoring, which a fixed
+            freqfold allows.
 
     Returns:
-        Seconds of loading the model, of both steps, and of saving.
+        Seconds of loading the model, of both steps, and of saving; with ``test`` also those of
+        all scorings together, which the steps hold, and their number.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     partial_rope, lora_qkv = _modules(checkout)
+    scored = _watch_scoring(partial_rope, lora_qkv)
     clock = [time.perf_counter()]
     model = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=torch.bfloat16, attn_implementation="sdpa"
     )
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     clock.append(time.perf_counter())
-    batches = [
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(BATCH)
-    ]
+    batches = _batches(windows, BATCH)
+    tests = None if test is None else _batches(test, TEST_BATCH)
+    if tests is not None:
+        partial_rope.evaluate_ppl(model, tokenizer.pad_token_id, tests)
     options = {
         "freqfold": freqfold,
         "collapse": model.config.head_dim // rope,
@@ -66,14 +72,38 @@ def convert(
         "use_qkv_norm": False,
         "balance_kv_ratio": 1,
     }
-    model = partial_rope.partial_rope(model, tokenizer, batches, None, **options)
+    found = partial_rope.partial_rope(model, tokenizer, batches, tests, **options)
+    model, options["freqfold"] = found if freqfold == "auto" else (found, freqfold)
     clock.append(time.perf_counter())
-    model = lora_qkv.low_rank_qkv(model, tokenizer, batches, None, **options)
+    model = lora_qkv.low_rank_qkv(model, tokenizer, batches, tests, **options)
     clock.append(time.perf_counter())
     model.save_pretrained(output)
     clock.append(time.perf_counter())
     names = ("load", "partial_rope", "low_rank", "save")
-    return {name: end - start for name, start, end in zip(names, clock, clock[1:])}
+    found = {name: end - start for name, start, end in zip(names, clock, clock[1:])}
+    return found | ({} if test is None else {"scoring": sum(scored), "scorings": len(scored)})
+
+
+def _batches(windows: torch.Tensor, size: int) -> list[dict[str, torch.Tensor]]:
+    return [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(size)
+    ]
+
+
+def _watch_scoring(*modules: Any) -> list[float]:
+    """Processor seconds of every call of the converter's ``evaluate_ppl``, as they come."""
+    seconds: list[float] = []
+    score = modules[0].evaluate_ppl
+
+    def watched(*arguments: Any) -> float:
+        start = time.process_time()
+        found = score(*arguments)
+        seconds.append(time.process_time() - start)
+        return float(found)
+
+    for module in modules:
+        module.evaluate_ppl = watched
+    return seconds
 
 
 def _modules(checkout: Path) -> tuple[Any, Any]:

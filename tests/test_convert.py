@@ -152,6 +152,11 @@ def partial_rope_logits(source: Path, plan: ConversionPlan, text: Path) -> torch
     return norm(hidden[0]) @ output.float().mT
 
 
+def with_text(options: dict[str, Any], text: Path) -> dict[str, Any]:
+    """The options with a text to calibrate on, where one is of use."""
+    return options if "equal_cache" in options else {**options, "calibration": text}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_source_in_every_mode(source: Path, mode: str, text: Path, tmp_path: Path) -> None:
     options = MODES[mode]
@@ -159,7 +164,7 @@ def test_every_source_in_every_mode(source: Path, mode: str, text: Path, tmp_pat
     if mode == "half, published" and spec.layers[0].rope.rope_type == "yarn":
         options = {"cache_ratio": 0.5, "method": "transmla"}
     before = contents(source)
-    plan = convert(source, tmp_path / "out", calibration=text, **options)
+    plan = convert(source, tmp_path / "out", **with_text(options, text))
     assert contents(source) == before
 
     result = open_checkpoint(tmp_path / "out")
@@ -227,7 +232,8 @@ def test_a_run_cut_off_anywhere_resumes_bit_for_bit(
     tiny: Path, text: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     calls: list[tuple[str, int, int]] = []
-    convert(tiny, tmp_path / "whole", calibration=text, **options,
+    options = with_text(options, text)
+    convert(tiny, tmp_path / "whole", **options,
             progress=lambda *call: calls.append(call))  # fmt: skip
     whole = contents(tmp_path / "whole")
     for last in range(0, len(calls) - 1, 3):
@@ -241,11 +247,11 @@ def test_a_run_cut_off_anywhere_resumes_bit_for_bit(
 
         out = tmp_path / f"cut{last}"
         with pytest.raises(Stop):
-            convert(tiny, out, calibration=text, **options, progress=stop_at)
+            convert(tiny, out, **options, progress=stop_at)
         assert json.loads((out / "plan.json").read_text())["status"] == "running"
         with pytest.raises(MlakitError, match="not finished"):
             load(out)
-        convert(tiny, out, calibration=text, **options)
+        convert(tiny, out, **options)
         assert contents(out) == whole
 
 
@@ -329,7 +335,7 @@ def test_outputs_in_use_are_refused(tiny: Path, text: Path, tmp_path: Path) -> N
     before = contents(tmp_path / "out")
     for other in ({"cache_ratio": 0.5}, {"equal_cache": True, "form": "article"}):
         with pytest.raises(UsageError, match="another plan"):
-            convert(tiny, tmp_path / "out", calibration=text, **other)
+            convert(tiny, tmp_path / "out", **with_text(other, text))
     (tmp_path / "out" / "plan.json").write_text("{}")
     with pytest.raises(UsageError, match="cannot be read"):
         convert(tiny, tmp_path / "out", equal_cache=True)

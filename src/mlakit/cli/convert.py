@@ -101,10 +101,6 @@ def convert(
 
     if output is None and not dry_run:
         raise UsageError("No output folder was given", remedy="add -o OUT, or --dry-run")
-    if equal_cache and (calib or check):
-        raise UsageError(
-            "--equal-cache is exact: it needs no text", remedy="leave out --calib and --check"
-        )
     goal: dict[str, Any] = {
         "equal_cache": equal_cache,
         "form": form,

@@ -190,6 +190,10 @@ def make_plan(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"There is no dtype {dtype!r}", remedy=f"use {', '.join(DTYPES)}")
+    if goal.equal_cache and (calibration is not None or check):
+        raise UsageError(
+            "--equal-cache is exact: it needs no text", remedy="leave out --calib and --check"
+        )
     model = convertible(checkpoint.config, checkpoint.shapes)
     if goal.form == "article" and not FAMILIES[model.family].article:
         raise UnsupportedModelError(
