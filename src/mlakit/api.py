@@ -123,7 +123,15 @@ def doctor() -> dict[str, str]:
     from mlakit.ops.choose import choose, deepseek_call
 
     findings = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("mlakit", "torch", "transformers", "triton", "flash_mla", "datasets"):
+    for package in (
+        "mlakit",
+        "torch",
+        "transformers",
+        "triton",
+        "flash_mla",
+        "datasets",
+        "lm_eval",
+    ):
         try:
             findings[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

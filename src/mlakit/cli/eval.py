@@ -1,4 +1,4 @@
-"""``mlakit eval``: quality, recall, cache bytes and, when asked, speed."""
+"""``mlakit eval``: quality, recall, cache bytes and, when asked, tasks and speed."""
 
 from __future__ import annotations
 
@@ -37,6 +37,36 @@ def eval(
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text to score.")] = 8,
     recall: Annotated[bool, typer.Option(help="Ask passkey and key-value questions.")] = True,
     speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decode.")] = False,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="gsm8k, humaneval, or any task of lm-eval (pip install 'mlakit[tasks]');"
+            " NAME=FILE takes the problems from a JSONL file. Repeatable, or between commas."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Tasks: the first so many problems of each.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Tasks: worked examples before each problem.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="humaneval: programs per problem, for pass@k.")
+    ] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="humaneval: of the samples; default: 0 for one, else 0.8."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Tasks: wrap prompts in the chat template.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Tasks: prompts at a time.")] = 8,
+    run_generated_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-generated-code", help="humaneval: allow running what the model writes."
+        ),
+    ] = False,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Continue this side by side; repeatable.")
     ] = None,
@@ -51,7 +81,7 @@ def eval(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Measure quality, recall and cache bytes, alone or side by side.
+    """Measure quality, recall and cache bytes, alone or side by side; also tasks and speed.
 
     Quality is that of a continuation after a cached prefix.
     """
@@ -76,6 +106,15 @@ def eval(
             windows=windows,
             recall=recall,
             speed=speed,
+            tasks=tasks or (),
+            limit=limit,
+            shots=shots,
+            samples=samples,
+            temperature=temperature,
+            chat=chat,
+            batch_size=batch_size,
+            run_generated_code=run_generated_code,
+            generations=output and output / "tasks" if tasks else None,
             prompts=prompt,
             seed=seed,
             device=device,

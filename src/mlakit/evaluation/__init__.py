@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from mlakit.evaluation.quality import (
 from mlakit.evaluation.recall import measure_recall
 from mlakit.evaluation.speed import measure_speed
 from mlakit.evaluation.subject import ModelLike, Subject, open_pair, open_subject
+from mlakit.evaluation.tasks import TaskOptions, fit_tasks, open_tasks, run_tasks
 from mlakit.evaluation.verification import check, verify
 from mlakit.generation import generate
 from mlakit.reporting.schema import LayerError, Report, Sample, Stage
@@ -41,6 +43,15 @@ def evaluate(
     windows: int = 8,
     recall: bool = True,
     speed: bool = False,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    shots: int | None = None,
+    samples: int = 1,
+    temperature: float | None = None,
+    chat: bool = False,
+    batch_size: int = 8,
+    run_generated_code: bool = False,
+    generations: str | Path | None = None,
     prompts: Sequence[str] | None = None,
     max_new_tokens: int = 48,
     stages: Sequence[Stage] = (),
@@ -65,6 +76,16 @@ def evaluate(
         windows: how many windows of each text are scored.
         recall: also ask passkey and key-value questions.
         speed: also time prefill and decoding.
+        tasks: ``gsm8k``, ``humaneval`` or what lm-eval knows; ``gsm8k=FILE.jsonl`` takes the
+            problems from a file.
+        limit: the first so many problems of each task.
+        shots: worked examples before each problem; by default what is usual for the task.
+        samples: programs per HumanEval problem, for pass@k with k up to this.
+        temperature: of those; by default 0 for one and 0.8 for several.
+        chat: wrap the tasks' prompts in the tokenizer's chat template.
+        batch_size: the tasks' prompts at a time.
+        run_generated_code: allow HumanEval to run the programs that a model writes.
+        generations: folder that keeps the texts of tasks; a run that was cut off goes on there.
         prompts: prompts to continue side by side; the first words of three windows by default.
         max_new_tokens: length of those continuations; 0 writes none.
         stages: quality after each step of a conversion, to be drawn in the report.
@@ -78,10 +99,23 @@ def evaluate(
         progress: told (what, done, total).
 
     Raises:
-        UsageError: lengths beyond the context, or two models with different vocabularies.
-        MlakitError: a text too short for the windows, or logits that are not finite.
+        UsageError: lengths beyond the context, two models with different vocabularies, or a task
+            that is unknown or not allowed.
+        MlakitError: a text too short for the windows, logits that are not finite, or problems
+            that cannot be read.
     """
-    open_texts(text)  # a text that cannot be read is refused before any weight is
+    open_texts(text)  # what cannot be read is refused before any weight is
+    options = TaskOptions(
+        limit=limit,
+        shots=shots,
+        samples=samples,
+        temperature=temperature,
+        chat=chat,
+        batch_size=batch_size,
+        run_generated_code=run_generated_code,
+        generations=None if generations is None else Path(generations),
+    )
+    chosen = open_tasks(tasks, options)
     ours, theirs = open_pair(source, result, dtype=dtype, device=device, cache_format=cache_format)
     cut = cut_windows(
         ours,
@@ -91,6 +125,7 @@ def evaluate(
         suffix_length=suffix_length,
         count=windows,
     )
+    chosen = fit_tasks(chosen, ours, theirs)
     scores = score_windows(ours, theirs, cut, progress=progress)
     memory = measure_memory(ours, theirs, length=whole_pages(cut.ids.shape[1] - 1))
     source_summary, result_summary = summarise_models(ours, theirs, memory)
@@ -101,6 +136,7 @@ def evaluate(
         domains=summarise_domains(scores, cut, seed=seed),
         memory=memory,
         recall=measure_recall(ours, theirs, seed=seed, progress=progress) if recall else None,
+        tasks=run_tasks(chosen, ours, theirs, seed=seed, progress=progress),
         speed=measure_speed(ours, theirs, seed=seed, progress=progress) if speed else None,
         samples=_samples(ours, theirs, prompts, cut, max_new_tokens),
         stages=list(stages),

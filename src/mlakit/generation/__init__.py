@@ -1,5 +1,5 @@
 """Text from a model, converted or ordinary: batched, streamed, greedy or sampled."""
 
-from mlakit.generation.generate import GenerationResult, generate
+from mlakit.generation.generate import GenerationResult, generate, prompt_ids
 
-__all__ = ["GenerationResult", "generate"]
+__all__ = ["GenerationResult", "generate", "prompt_ids"]

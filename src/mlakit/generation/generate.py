@@ -131,7 +131,7 @@ def generate(
     _check(prompts, max_new_tokens, temperature, top_p, top_k, stop, batch_size)
     rows: list[_Row] = []
     for index, prompt in enumerate(prompts):
-        ids = _prompt_ids(tokenizer, prompt, chat)
+        ids = prompt_ids(tokenizer, prompt, chat)
         occurrence = list(prompts[:index]).count(prompt)
         generator = row_generator(seed, prompt, occurrence) if temperature else None
         rows.append(_Row(index, ids, TextStream(tokenizer, ids, stop), generator))
@@ -252,7 +252,12 @@ def _left_padded(rows: list[_Row], pad: int, device: torch.device) -> tuple[Tens
     return ids.to(device), mask.to(device)
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """The tokens that a prompt is read as, its chat template and bos included.
+
+    Raises:
+        UsageError: there is no chat template, or no token to begin with.
+    """
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
@@ -261,8 +266,8 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
             )
         message = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(prompt)["input_ids"]
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:

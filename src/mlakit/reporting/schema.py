@@ -191,6 +191,30 @@ class Recall(Record):
             )
 
 
+class TaskScore(Record):
+    """One measure of one task, over the same problems for both models.
+
+    Attributes:
+        problems: how many; None for a group of lm-eval's tasks.
+        settings: how they were asked.
+        share: the value is a share between 0 and 1, to be shown in percent.
+        difference: result minus source, paired by problem.
+        p_value: McNemar's exact test; None where marks are not just right or wrong.
+        warnings: what a reader must know of the scores, one sentence each.
+    """
+
+    task: str
+    measure: str
+    problems: int | None
+    settings: str
+    share: bool = True
+    source: Estimate
+    result: Estimate | None = None
+    difference: Estimate | None = None
+    p_value: float | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+
 class CacheSize(Record):
     """Cache bytes of one model: held by its storage, and as the account predicts."""
 
@@ -283,6 +307,7 @@ class Report(Record):
     domains: list[DomainQuality] = Field(default_factory=list)
     memory: Memory
     recall: Recall | None = None
+    tasks: list[TaskScore] = Field(default_factory=list)
     speed: Speed | None = None
     samples: list[Sample] = Field(default_factory=list)
     stages: list[Stage] = Field(default_factory=list)

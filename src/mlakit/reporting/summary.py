@@ -55,6 +55,7 @@ def rows(report: Report) -> list[Row]:
         *_quality_rows(report),
         *_domain_rows(report),
         *_recall_rows(report.recall),
+        *_task_rows(report),
         *_speed_rows(report),
     ]
 
@@ -89,7 +90,7 @@ def _quality_rows(report: Report) -> list[Row]:
         Row("KL, mean", "", estimate(agreement.kl_mean), nats),
         Row("KL, 99.9th percentile", "", number(agreement.kl_p999), nats),
         Row("KL, largest", "", number(agreement.kl_max), nats),
-        Row("top-1 agreement, %", "", estimate(agreement.top1.mapped(lambda x: 100 * x))),
+        Row("top-1 agreement, %", "", estimate(_percentage(agreement.top1))),
     ]
 
 
@@ -113,7 +114,8 @@ def notes(report: Report) -> list[str]:
         for domain in report.domains
         if domain.kl is not None
     }
-    return list(filter(None, [disagreement(losses)]))
+    warnings = dict.fromkeys(text for score in report.tasks for text in score.warnings)
+    return list(filter(None, [disagreement(losses), *warnings]))
 
 
 def _recall_rows(recall: Recall | None) -> list[Row]:
@@ -126,6 +128,29 @@ def _recall_rows(recall: Recall | None) -> list[Row]:
             result, note = result and "n/a", f"{note}; the source itself fails"
         listed.append(Row(label, percent(100 * column.source), result, note))
     return listed
+
+
+def _task_rows(report: Report) -> list[Row]:
+    """Each measure of each task, and under it what the result gained on the same problems."""
+    listed = []
+    for score in report.tasks:
+        measure = f"{score.task}, {score.measure}"
+        asked = f"{score.problems:,} problems, " if score.problems else ""
+        pair = [score.source, *([score.result] if score.result else [])]
+        values = [estimate(_percentage(x) if score.share else x) for x in pair]
+        label = f"{measure}, %" if score.share else measure
+        listed.append(Row.of(label, values, asked + score.settings))
+        if score.difference is not None:
+            note = "points"
+            if score.p_value is not None:
+                note += f"; McNemar's exact p = {number(score.p_value)}"
+            gained = estimate(_percentage(score.difference))
+            listed.append(Row(f"{measure}, difference", "", gained, note))
+    return listed
+
+
+def _percentage(share: Estimate) -> Estimate:
+    return share.mapped(lambda x: 100 * x)
 
 
 def _speed_rows(report: Report) -> list[Row]:

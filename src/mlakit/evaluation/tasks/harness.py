@@ -1,0 +1,166 @@
+"""Every other task: asked by EleutherAI's lm-evaluation-harness, an extra of the package."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from mlakit.errors import MlakitError, UsageError
+from mlakit.evaluation.quality import Progress
+from mlakit.evaluation.subject import Subject
+from mlakit.evaluation.tasks.intervals import Comparison, Z, compare
+from mlakit.evaluation.tasks.task import TaskOptions
+from mlakit.reporting.schema import Estimate, TaskScore
+
+RESAMPLES = 1000
+"""Of lm-eval's own bootstrap, for measures that are no mean over problems."""
+
+Marks = dict[tuple[str, str], list[float]]
+"""One number per problem, in their order, for each (measure, filter) that has one."""
+
+
+def open_harness(places: Mapping[str, str | None]) -> Any:
+    """lm-eval's task manager, where it knows every one of the tasks.
+
+    Args:
+        places: task names; each with the folder of its YAML file if it is the user's own.
+
+    Raises:
+        UsageError: lm-eval is not installed, or knows no such task.
+    """
+    names = ", ".join(places)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError(
+            f"mlakit itself has the tasks gsm8k and humaneval; {names} would be asked by lm-eval, "
+            "which is not installed",
+            remedy="pip install 'mlakit[tasks]', or check the spelling",
+        )
+    from lm_eval.tasks import TaskManager
+
+    folders = [place for place in places.values() if place is not None]
+    manager = TaskManager(include_path=folders or None)
+    unknown = [name for name in places if name not in manager.all_tasks]
+    if unknown:
+        raise UsageError(
+            f"lm-eval knows no task {', '.join(unknown)}",
+            remedy="lm-eval ls tasks lists them; NAME=FOLDER adds a folder of YAML files",
+        )
+    return manager
+
+
+def ask_harness(
+    manager: Any,
+    names: Sequence[str],
+    source: Subject,
+    result: Subject | None,
+    options: TaskOptions,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> list[TaskScore]:
+    """Every measure of the tasks, of one model or two.
+
+    Raises:
+        MlakitError: lm-eval failed, e.g. because a data set cannot be loaded.
+    """
+    found = []
+    for subject in filter(None, (source, result)):
+        found.append(_ask(manager, names, subject, options, seed))
+        if progress:
+            progress("lm-eval", len(found), 1 if result is None else 2)
+    return [
+        score
+        for task in found[0]["results"]
+        for score in _scores(task, [run["results"][task] for run in found], found, seed)
+    ]
+
+
+def _ask(
+    manager: Any, names: Sequence[str], subject: Subject, options: TaskOptions, seed: int
+) -> Any:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        return lm_eval.simple_evaluate(
+            HFLM(
+                pretrained=subject.model,
+                tokenizer=subject.tokenizer,
+                batch_size=options.batch_size,
+            ),
+            tasks=list(names),
+            task_manager=manager,
+            num_fewshot=options.shots,
+            limit=options.limit,
+            apply_chat_template=options.chat,
+            confirm_run_unsafe_code=options.run_generated_code,
+            bootstrap_iters=RESAMPLES,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except Exception as error:  # tasks and data sets raise many unrelated kinds
+        raise MlakitError(
+            f"lm-eval could not ask {', '.join(names)} of {subject.name}: {error}",
+            remedy="a task's data set needs a network or a filled cache",
+        ) from error
+
+
+def _scores(
+    task: str, values: list[Mapping[str, Any]], runs: list[Any], seed: int
+) -> list[TaskScore]:
+    """One score for each of lm-eval's ``measure,filter`` keys."""
+    marks = [_marks(run["samples"].get(task, [])) for run in runs]
+    shots = runs[0]["n-shot"].get(task)
+    scores = []
+    for key in values[0]:
+        measure, comma, kind = key.partition(",")
+        if not comma or measure.endswith("_stderr"):
+            continue
+        columns = [mark.get((measure, kind), []) for mark in marks]
+        pair = [_with_error(value, measure, kind) for value in values]
+        share = all(map(_is_mean_of_shares, pair, columns))
+        alone = Comparison(source=pair[0], result=None, difference=None, p_value=None)
+        if len(pair) == 2:
+            alone["result"] = pair[1]
+        scores.append(
+            TaskScore(
+                task=task,
+                measure=measure if kind == "none" else f"{measure} ({kind})",
+                problems=runs[0]["n-samples"].get(task, {}).get("effective"),
+                settings="by lm-eval" + (f", {shots} examples" if shots else ""),
+                share=share,
+                **(compare(*columns, seed=seed) if share else alone),
+            )
+        )
+    return scores
+
+
+def _is_mean_of_shares(value: Estimate, marks: Sequence[float]) -> bool:
+    """Whether the value is the mean of marks between 0 and 1, and not e.g. a perplexity."""
+    if not marks or not all(0 <= mark <= 1 for mark in marks):
+        return False
+    return math.isclose(value.value, math.fsum(marks) / len(marks), abs_tol=1e-6)
+
+
+def _marks(samples: Sequence[Mapping[str, Any]]) -> Marks:
+    marks: Marks = {}
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        for measure in sample["metrics"]:
+            if isinstance(sample.get(measure), Real):
+                marks.setdefault((measure, sample["filter"]), []).append(float(sample[measure]))
+    return marks
+
+
+def _with_error(value: Mapping[str, Any], measure: str, kind: str) -> Estimate:
+    """lm-eval's own value, with the normal interval of its standard error where it has one."""
+    middle = float(value[f"{measure},{kind}"])
+    error = value.get(f"{measure}_stderr,{kind}")
+    if not isinstance(error, Real) or not math.isfinite(float(error)):
+        return Estimate(value=middle)
+    half = Z * float(error)
+    return Estimate(value=middle, low=middle - half, high=middle + half)
