@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlakit.conversion.apply import convert
     from mlakit.evaluation import evaluate, verify
     from mlakit.generation import GenerationResult
+    from mlakit.healing.run import heal
     from mlakit.inspection import inspect
     from mlakit.nn.hf import load, register
     from mlakit.nn.trace import track_shapes
@@ -26,6 +27,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "generate",
+    "heal",
     "inspect",
     "load",
     "register",
@@ -37,6 +39,7 @@ HOMES = {
     "bench": "mlakit.benching",
     "convert": "mlakit.conversion.apply",
     "evaluate": "mlakit.evaluation",
+    "heal": "mlakit.healing.run",
     "inspect": "mlakit.inspection",
     "load": "mlakit.nn.hf",
     "register": "mlakit.nn.hf",

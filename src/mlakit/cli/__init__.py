@@ -16,19 +16,19 @@ from typing import Annotated, Any
 import typer
 
 from mlakit import __version__
-from mlakit.cli import bench, convert, demo, doctor, eval, generate, inspect, trace, verify
+from mlakit.cli import bench, convert, demo, doctor, eval, generate, heal, inspect, trace, verify
 from mlakit.errors import MlakitError, UsageError
 
 app = typer.Typer(
     name="mlakit",
-    help="Multi-head Latent Attention for any checkpoint: look, convert, verify, generate.",
+    help="Multi-head Latent Attention for any checkpoint: look, convert, verify, heal, generate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, convert, verify, eval, generate, bench, trace, demo, doctor):
+for verb in (inspect, convert, verify, heal, eval, generate, bench, trace, demo, doctor):
     name = verb.__name__.rpartition(".")[2]
     app.command(name)(getattr(verb, name))
 

@@ -45,7 +45,7 @@ def source_weights(reader: LayerReader, index: int) -> AttentionWeights:
         k=keys.view(groups, dim, -1),
         v=values.view(groups, dim, -1),
         o=augmented(tensors, "o_proj"),
-        norm=_normed_scale(tensors, spec, scale, offset),
+        norm=normed_scale(tensors, scale, offset),
         normed=NormedHeads(tensors, spec, eps, offset),
     )
 
@@ -71,13 +71,13 @@ def _absorbed_weights(
         k=row[order][None],
         v=row[None, :rank],
         o=torch.cat([absorbed, output[:, -1:]], 1),
-        norm=_row_scale(tensors, rank, scale),
+        norm=row_scale(tensors, rank, scale),
         normed=LatentHeads(tensors, spec),
         value_heads=w_uv,
     )
 
 
-def _row_scale(tensors: Tensors, rank: int, scale: torch.Tensor) -> torch.Tensor:
+def row_scale(tensors: Tensors, rank: int, scale: torch.Tensor) -> torch.Tensor:
     """``input_scale`` of the row ``[kv_norm(c) | k_rope]`` that a latent source caches."""
     weight = tensors["kv_proj.weight"][rank:].double() * scale
     bias = tensors.get("kv_proj.bias", scale.new_zeros(rank + len(weight)))[rank:].double()
@@ -115,11 +115,9 @@ def input_scale(reader: LayerReader, index: int, tensors: Tensors) -> torch.Tens
     return torch.full((size,), bound, dtype=torch.float64, device=reader.device)
 
 
-def _normed_scale(
-    tensors: Tensors, spec: AttentionSpec, scale: torch.Tensor, offset: float
-) -> torch.Tensor:
+def normed_scale(tensors: Tensors, scale: torch.Tensor, offset: float) -> torch.Tensor:
     """The same of ``[k_norm(k) | v]``: each half of ``z / scale`` is as long as it is wide."""
-    width = spec.num_key_value_heads * spec.head_dim
+    width = len(tensors["v_proj.weight"])
     gain = tensors["k_norm.weight"].double() + offset
     weight = tensors["v_proj.weight"].double() * scale
     bias = tensors.get("v_proj.bias", weight.new_zeros(width)).double()

@@ -1,5 +1,6 @@
 """Texts to calibrate, train and measure with, and recall probes: plain Python, text in, ids out."""
 
+from mlakit.data.lessons import Lessons, read_lessons
 from mlakit.data.probes import (
     CODE_DIGITS,
     NAMES,
@@ -31,6 +32,7 @@ __all__ = [
     "NAMES",
     "NEUTRAL_LINES",
     "PASSKEY_DIGITS",
+    "Lessons",
     "Probe",
     "Source",
     "SourceLike",
@@ -43,6 +45,7 @@ __all__ = [
     "passkey_prompt",
     "passkey_question",
     "random_digits",
+    "read_lessons",
     "source_windows",
     "token_windows",
 ]

@@ -1,7 +1,8 @@
 """Where texts come from: files, folders, datasets, the package itself. Each source has a name.
 
 A source is written ``place`` or ``name=place``. A place is a text file, a JSONL file of
-``{"text": ...}`` or ``{"messages": [...]}`` rows, a folder of both, a dataset
+``{"text": ...}``, ``{"messages": [...]}`` or ``{"prompt": ..., "completion": ...}`` rows, a folder
+of both, a dataset
 ``name[:configuration[:split[:column]]]``, ``builtin`` for the text that ships with the package
 (``builtin:evaluation`` for its other half), or ``self`` for what the model writes itself.
 """
@@ -34,21 +35,28 @@ LONGEST = 2**26
 
 @dataclass(frozen=True)
 class Content:
-    """What a source holds: running text, and conversations."""
+    """What a source holds: running text, conversations, and prompts with their completions.
+
+    ``empty`` says which rows of JSONL files held nothing and were passed over.
+    """
 
     text: str
     conversations: tuple[Conversation, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
+    empty: tuple[str, ...] = ()
 
     @property
     def plain(self) -> str:
         """All of it as running text, as a model without a chat template reads it."""
         talks = ("\n\n".join(turn["content"] for turn in talk) for talk in self.conversations)
-        return "\n\n".join(filter(None, [self.text, *talks]))
+        return "\n\n".join(filter(None, [self.text, *talks, *map("".join, self.pairs)]))
 
     @property
     def sha256(self) -> str:
-        """Of the text and, where there are any, of the conversations."""
-        talks = json.dumps(self.conversations, sort_keys=True) if self.conversations else ""
+        """Of the text and, where there are any, of the conversations and pairs."""
+        talks = "".join(
+            json.dumps(rows, sort_keys=True) for rows in (self.conversations, self.pairs) if rows
+        )
         return hashlib.sha256((self.text + talks).encode()).hexdigest()
 
 
@@ -166,10 +174,14 @@ def _read(place: str) -> Content:
 def _joined(parts: Iterable[Content], separator: str) -> Content:
     texts: list[str] = []
     talks: list[Conversation] = []
+    pairs: list[tuple[str, str]] = []
+    empty: list[str] = []
     for part in parts:
         texts += [part.text] if part.text else []
         talks += part.conversations
-    return Content(separator.join(texts), tuple(talks))
+        pairs += part.pairs
+        empty += part.empty
+    return Content(separator.join(texts), tuple(talks), tuple(pairs), tuple(empty))
 
 
 def _read_file(path: Path) -> Content:
@@ -191,29 +203,42 @@ def _read_file(path: Path) -> Content:
 
 def _rows(path: Path, text: str) -> Iterator[Content]:
     """The rows of a JSONL file; ``\\n`` alone ends a line, as in JSON strings others may stand."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         where = f"{path}, line {number}"
+        if not line.strip():
+            yield Content("", empty=(where,))
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:
             raise MlakitError(
                 f"{where} is not JSON: {error}", remedy="give one JSON object a line"
             ) from error
+        if isinstance(row, dict) and {"prompt", "completion"} <= row.keys():
+            yield _pair(row["prompt"], row["completion"], where)
+            continue
         if not isinstance(row, dict) or not {"text", "messages"} & row.keys():
             held = f"its keys are {', '.join(row)}" if isinstance(row, dict) else "it is no object"
             raise MlakitError(
-                f"{where} has neither 'text' nor 'messages': {held}",
+                f"{where} has neither 'text' nor 'messages' nor 'prompt' and 'completion': {held}",
                 remedy='give rows like {"text": "..."} or {"messages": [...]}',
             )
         yield _row(row["messages"] if "messages" in row else row["text"], where)
 
 
+def _pair(prompt: Any, completion: Any, where: str) -> Content:
+    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
+        raise MlakitError(
+            f"{where}: 'prompt' and 'completion' must be texts, the completion not empty",
+            remedy='give rows like {"prompt": "2 + 2 =", "completion": " 4"}',
+        )
+    return Content("", (), ((prompt, completion),))
+
+
 def _row(value: Any, where: str) -> Content:
     """One text, or one conversation."""
     if isinstance(value, str):
-        return Content(value)
+        return Content(value, empty=() if value.strip() else (where,))
     if not isinstance(value, list) or not value or not all(map(_is_message, value)):
         raise MlakitError(
             f"{where}: neither a text nor a list of messages with a role and a content",

@@ -61,12 +61,17 @@ def open_subject(
     checkpoint = open_checkpoint(model)
     path = checkpoint.download()
     register()  # or transformers warns that it does not know a converted folder's config
-    tokenizer = _open_tokenizer(path)
+    tokenizer = open_tokenizer(path)
     loaded = load(path, dtype=dtype, device=device, cache_format=cache_format)
     return Subject(Path(model).name, loaded, tokenizer, checkpoint.fingerprint)
 
 
-def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint's folder.
+
+    Raises:
+        MlakitError: there is none that can be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # a damaged tokenizer raises whatever its parser does

@@ -1,0 +1,1 @@
+"""Healing: training what a conversion changed, against the original."""
