@@ -128,7 +128,7 @@ def cut_windows(
     return Windows(torch.tensor(ids), prefix, suffix, describe_texts(texts), names)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that a training shards are gathered in here
 def continuation_logits(
     model: PreTrainedModel, ids: torch.Tensor, prefix_length: int, *, chunk: int | None = None
 ) -> torch.Tensor:

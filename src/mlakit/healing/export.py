@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,31 @@ from mlakit.checkpoint import (
     write_text_atomic,
 )
 from mlakit.checkpoint.reading import PLAN_NAME
-from mlakit.errors import MlakitError
+from mlakit.errors import MlakitError, UnsupportedModelError
 from mlakit.healing.latent_norm import needed_exponent
-from mlakit.healing.lora import merge_low_rank
+from mlakit.healing.lora import MARK, merge_low_rank
 
 NORM = "kv_a_layernorm.weight"
 HIGHEST_IN_HALF = 15
 """float16 holds no power of two above 2^15."""
+
+
+def require_stored(student: Checkpoint, trained: Iterable[str]) -> None:
+    """Refuses to train what could not be written back.
+
+    Args:
+        student: the folder.
+        trained: names of trained parameters in the model.
+
+    Raises:
+        UnsupportedModelError: a parameter is stored in another form, as fused experts are.
+    """
+    names = {name.partition(MARK)[0] + ".weight" if MARK in name else name for name in trained}
+    for name in sorted(names - set(student.names)):
+        raise UnsupportedModelError(
+            f"{name} is stored in another form in {student.source} and cannot be written back",
+            remedy="use --train attention",
+        )
 
 
 def trained_tensors(student: Checkpoint, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -35,21 +53,14 @@ def trained_tensors(student: Checkpoint, trained: Mapping[str, Tensor]) -> dict[
         student: the folder.
         trained: trained parameters by name in the model; of LoRA the low-rank factors.
 
-    Raises:
-        MlakitError: a trained parameter has another name on disk.
     """
     changes = merge_low_rank(trained)
     if changes:
         return {name: student.read(name).float() + change for name, change in changes.items()}
-    stored = set(student.names)
-    for name in trained.keys() - stored:
-        raise MlakitError(
-            f"{name} is stored in another form in {student.source}, so it cannot be written back",
-            remedy="use --train attention",
-        )
     found = dict(trained)
     embedding, output = "model.embed_tokens.weight", "lm_head.weight"
-    if student.config.get("tie_word_embeddings") and output in stored and embedding in found:
+    tied = student.config.get("tie_word_embeddings") and output in student.names
+    if tied and embedding in found:
         found[output] = found[embedding]  # some checkpoints hold both
     return found
 

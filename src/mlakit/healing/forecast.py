@@ -7,6 +7,7 @@ with random weights, on the run's own device, give what a layer costs and what a
 from __future__ import annotations
 
 import copy
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 
 from mlakit.checkpoint import Checkpoint
+from mlakit.healing.export import require_stored
 from mlakit.healing.loss import CHUNK_LOGITS
 from mlakit.healing.material import Material
 from mlakit.healing.pair import Pair
 from mlakit.healing.recipe import Recipe
 from mlakit.healing.trainable import choose_trainable
+from mlakit.healing.trainer import fsdp_is_asked_for
 
 PROBE_TOKENS = 512
 """Longest window that is timed on a CPU."""
@@ -102,7 +105,7 @@ def forecast(
         price_per_hour: of the machine.
     """
     itemsize = ITEMSIZES[recipe.dtype or "float32"]
-    sharded = processes if _fsdp() else 1
+    sharded = processes if fsdp_is_asked_for() else 1
     counts = _Counts.of(student, recipe)
     config = student.config
     micro = recipe.micro_batch or 1
@@ -173,10 +176,9 @@ class _Counts:
         """From the model's own shapes, without memory."""
         with torch.device("meta"):
             model = _build(student.config)
-        names = {name for name, _ in model.named_parameters()}
         whole = sum(parameter.numel() for parameter in model.parameters())
         trained = choose_trainable(model, recipe)
-        assert names
+        require_stored(student, trained)
         return cls(sum(parameter.numel() for parameter in trained.values()), whole)
 
 
@@ -251,15 +253,7 @@ def _count(checkpoint: Checkpoint, name: str) -> int:
     return count
 
 
-def _fsdp() -> bool:
-    import os
-
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-
-
 def _available(device: str) -> int | None:
     if device != "cpu":
         return int(torch.cuda.mem_get_info(device)[0])
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -30,7 +30,7 @@ class Quality:
     kl: float
     top1: float
     original_nll: float
-    intervals: dict[str, tuple[float, float] | None]
+    intervals: dict[str, list[float] | None]
 
     @property
     def original_perplexity(self) -> float:
@@ -57,7 +57,7 @@ def measure(original: Subject, student: Subject, windows: Windows) -> Quality:
     return Quality(
         **{name: estimate.value for name, estimate in found.items()},
         intervals={
-            name: None if e.low is None or e.high is None else (e.low, e.high)
+            name: None if e.low is None or e.high is None else [e.low, e.high]
             for name, e in found.items()
         },
     )

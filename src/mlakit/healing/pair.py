@@ -43,7 +43,9 @@ class Pair(nn.Module):
             recipe.ce_weight, recipe.kl_weight, recipe.temperature, recipe.top_k
         )
         if recipe.checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            # Its name before transformers 5.23 was gradient_checkpointing_enable.
+            old = student.gradient_checkpointing_enable
+            getattr(student, "activation_checkpointing_enable", old)({"use_reentrant": False})
         layers = [model._no_split_modules or [] for model in (student, teacher)]
         blocks = {type(module).__name__ for _, module in attention_modules(student)}
         self._no_split_modules = sorted({*layers[0], *layers[1], *blocks})
@@ -131,11 +133,24 @@ class Pair(nn.Module):
             if is_converted(self.student):
                 angles = self.student.base_model.rotary_emb(inputs, positions)
                 options = {**options, "position_embeddings": angles}
-            found = block(hidden_states=inputs, **options)[0][counted].float()
-            wanted = output[counted].float()
-            spread = (wanted - wanted.mean(0)).square().sum(-1).mean().clamp_min(1e-12)
-            total = total + (found - wanted).square().sum() / spread
+            found = block(hidden_states=inputs, **options)[0]
+            total = total + relative_errors(found, output, counted).sum()
         return total / len(blocks), states
+
+
+def relative_errors(found: Tensor, wanted: Tensor, counted: Tensor) -> Tensor:
+    """Squared error of each window, ``[B]``: of all counted tokens, over their mean variance.
+
+    Args:
+        found: ``[B, T, D]``.
+        wanted: likewise.
+        counted: ``[B, T]``.
+    """
+    mask, wanted = counted.unsqueeze(-1), wanted.float()
+    count = mask.sum(1, keepdim=True).clamp_min(1)
+    mean = (wanted * mask).sum(1, keepdim=True) / count
+    spread = ((wanted - mean).square() * mask).sum((1, 2)) / count.flatten()
+    return ((found.float() - wanted).square() * mask).sum((1, 2)) / spread.clamp_min(1e-12)
 
 
 Seen = list[tuple[Tensor, dict[str, Any], Tensor]]

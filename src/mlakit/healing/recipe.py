@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from mlakit.errors import UsageError
@@ -166,10 +167,11 @@ def choose_recipe(recipe: str | Recipe, given: Mapping[str, Any]) -> Recipe:
             f"heal has no setting {name!r}", remedy=f"the settings are {', '.join(known)}"
         )
     changed = {name: value for name, value in given.items() if value is not None}
-    for name in ("data", "weights"):
+    for name, kind in (("data", str), ("weights", float)):
         if name in changed:
             value = changed[name]
-            changed[name] = (value,) if isinstance(value, str | int | float) else tuple(value)
+            alone = isinstance(value, str | Path | int | float)
+            changed[name] = tuple(map(kind, (value,) if alone else value))
     if "data" in changed and "weights" not in changed:
         changed["weights"] = None
     return replace(recipe, **changed)

@@ -29,7 +29,7 @@ from mlakit.errors import UsageError
 from mlakit.evaluation.environment import describe_environment
 from mlakit.evaluation.subject import Subject, open_subject, open_tokenizer
 from mlakit.healing.arm import Arm, Start
-from mlakit.healing.export import trained_tensors, write_card, write_healed
+from mlakit.healing.export import require_stored, trained_tensors, write_card, write_healed
 from mlakit.healing.forecast import Forecast, forecast
 from mlakit.healing.journal import LOG_NAME, Journal
 from mlakit.healing.material import Material, read_material, with_micro_batch
@@ -267,16 +267,17 @@ class _Run:
         )  # fmt: skip
         if not journal.rows:
             self._note_empty_rows(journal)
-        original = open_subject(
-            inputs.teacher.source, dtype=inputs.recipe.dtype, device=inputs.device
-        )
+        original = self._open_original()
         reports = {}
         student = open_subject(inputs.student.source, device=inputs.device)
         arm = Arm("healed", student, original, start)
+        require_stored(inputs.student, arm.trained)
         state = arm.run()
         reports["healed"] = _arm_report(journal, arm)
         del arm, student
         if inputs.control:
+            if inputs.processes > 1:  # each holds a part of it, for the arm before
+                original = self._open_original()
             again = open_subject(inputs.teacher.source, device=inputs.device)
             settled = replace(start, recipe=_control_recipe(inputs.recipe))
             arm = Arm("control", again, original, settled)
@@ -285,6 +286,10 @@ class _Run:
         if shards is None:
             return self._report(reports, dict(reports["healed"].best), None)
         return self._write(shards, state, reports, original)
+
+    def _open_original(self) -> Subject:
+        inputs = self.inputs
+        return open_subject(inputs.teacher.source, dtype=inputs.recipe.dtype, device=inputs.device)
 
     def _note_empty_rows(self, journal: Journal) -> None:
         empty = [row for part in self.inputs.material.parts for row in part.empty]
@@ -308,9 +313,7 @@ class _Run:
         new = trained_tensors(inputs.student, state) if healed.best["step"] else {}
         raised = write_healed(inputs.student, shards, new, facts)
         if inputs.processes > 1:  # this process holds a part of it only
-            original = open_subject(
-                inputs.teacher.source, dtype=inputs.recipe.dtype, device=inputs.device
-            )
+            original = self._open_original()
         written = open_subject(self.folder, dtype=inputs.recipe.dtype, device=inputs.device)
         after = measure(original, written, inputs.material.held_out)
         report = self._report(reports, asdict(after), raised)

@@ -11,12 +11,19 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -105,10 +112,16 @@ class HealTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Tells FSDP which modules are units: this run's, not those of an arm before."""
         super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        state = self.accelerator.state
+        if fsdp_is_asked_for() and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate shards on accelerators only; processes on CPUs can as well.
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        plugin = getattr(state, "fsdp_plugin", None)
         if plugin is not None:
-            from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
+            self.is_fsdp_enabled = True
+            # It warns of in-place operations on what attention returns; decoder layers use none.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
             plugin.auto_wrap_policy = transformer_auto_wrap_policy
             plugin.transformer_cls_names_to_wrap = list(self.pair._no_split_modules)
             plugin.cpu_ram_efficient_loading = False
@@ -180,8 +193,6 @@ class HealTrainer(Trainer):
         """The first process's figures in all of them, so that all decide alike."""
         if self.args.world_size == 1:
             return facts
-        from accelerate.utils import broadcast_object_list
-
         shared: list[dict[str, Any]] = broadcast_object_list([facts])
         return shared[0]
 
@@ -264,6 +275,11 @@ def _arguments(recipe: Recipe, steps: int, folder: Path, device: str) -> Trainin
     if processes == 1:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: never DataParallel
     return arguments
+
+
+def fsdp_is_asked_for() -> bool:
+    """Whether ``accelerate launch`` was told to shard."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
 def share(step: int, steps: int, warmup: float) -> float:
