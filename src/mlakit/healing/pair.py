@@ -129,9 +129,10 @@ class Pair(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         total = torch.zeros((), device=ids.device)
         blocks = [module for _, module in attention_modules(self.student)]
+        rotary: Any = getattr(self.student.base_model, "rotary_emb", None)
         for block, (inputs, options, output) in zip(blocks, seen, strict=True):
             if is_converted(self.student):
-                angles = self.student.base_model.rotary_emb(inputs, positions)
+                angles = rotary(inputs, positions)
                 options = {**options, "position_embeddings": angles}
             found = block(hidden_states=inputs, **options)[0]
             total = total + relative_errors(found, output, counted).sum()
