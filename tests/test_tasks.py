@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -415,6 +416,35 @@ def test_a_report_of_two_models_shows_tasks(
     }
 
 
+def test_prompts_go_through_the_chat_template(
+    folder: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer()
+    monkeypatch.setattr(asking, "generate", writer)
+    options = TaskOptions(chat=True, shots=1)
+    subject = open_subject(folder)
+    chosen = open_tasks([f"gsm8k={sums}"], options)
+    with pytest.raises(UsageError, match="no chat template"):
+        fit_tasks(chosen, subject, None)
+    subject.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    found = run_tasks(fit_tasks(chosen, subject, None), subject, None)
+    assert found[0].source.value == 1 and "chat template" in found[0].settings
+    assert writer.calls[0]["chat"] and writer.calls[0]["stop"] == ()
+    assert all("#### and the number" in prompt for prompt in writer.calls[0]["prompts"])
+
+
+def test_running_out_of_memory_says_what_to_do(
+    folder: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **how: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(asking, "generate", full)
+    with pytest.raises(MlakitError, match="no memory for 8 prompts of gsm8k") as raised:
+        score([f"gsm8k={sums}"], folder)
+    assert "--batch-size" in raised.value.remedy
+
+
 def test_a_real_model_answers_and_repeats_itself(folder: Path, sums: Path, programs: Path) -> None:
     """Nothing faked: nonsense in, nonsense out, twice the same."""
     given = [f"gsm8k={sums}", f"humaneval={programs}"]
@@ -460,7 +490,10 @@ def test_limits_and_packed_files(tmp_path: Path, sums: Path) -> None:
 def test_lm_eval_asks_its_own_tasks(folder: Path, tmp_path: Path) -> None:
     write_rows(
         tmp_path / "data.jsonl",
-        [{"q": "to be or", "choices": [" not", " x"], "label": i % 2} for i in range(4)],
+        [
+            {"q": "to be or" + i * " so", "choices": [" not", " x"], "label": i % 2}
+            for i in range(4)
+        ],
     )
     (tmp_path / "tiny_choice.yaml").write_text(
         "task: tiny_choice\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
@@ -468,9 +501,20 @@ def test_lm_eval_asks_its_own_tasks(folder: Path, tmp_path: Path) -> None:
         'doc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{label}}"\n'
         "metric_list:\n  - metric: acc\n"
     )
+    (tmp_path / "tiny_words.yaml").write_text(
+        "task: tiny_words\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {tmp_path}/data.jsonl\ntest_split: test\n"
+        'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{q}}"\n'
+        "metric_list:\n  - metric: word_perplexity\n  - metric: bits_per_byte\n"
+    )
     manager = open_harness({"tiny_choice": str(tmp_path)})
     subject = open_subject(folder)
-    (found,) = ask_harness(manager, ["tiny_choice"], subject, subject, TaskOptions(limit=4), seed=0)
+    names, options = ["tiny_choice", "tiny_words"], TaskOptions(limit=4)
+    found, *words = ask_harness(manager, names, subject, subject, options, seed=0)
+    for score_ in words:
+        assert not score_.share and score_.result == score_.source
+        assert score_.source.low < score_.source.value < score_.source.high
+    assert [score_.measure for score_ in words] == ["word_perplexity", "bits_per_byte"]
     assert found.problems == 4 and found.share and found.source.value == 0.5
     assert found.difference.value == 0 and found.p_value == 1.0
     assert found.source.low < 0.5 < found.source.high

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from mlakit.errors import MlakitError, UsageError
 from mlakit.evaluation.quality import Progress
 from mlakit.evaluation.subject import Subject
@@ -18,8 +20,8 @@ from mlakit.reporting.schema import Estimate, TaskScore
 RESAMPLES = 1000
 """Of lm-eval's own bootstrap, for measures that are no mean over problems."""
 
-Marks = dict[tuple[str, str], list[float]]
-"""One number per problem, in their order, for each (measure, filter) that has one."""
+Marks = dict[tuple[str, str], list[Any]]
+"""What each problem gave, in their order, for each (measure, filter): mostly a number."""
 
 
 def open_harness(places: Mapping[str, str | None]) -> Any:
@@ -40,8 +42,8 @@ def open_harness(places: Mapping[str, str | None]) -> Any:
         )
     from lm_eval.tasks import TaskManager
 
-    folders = [place for place in places.values() if place is not None]
-    manager = TaskManager(include_path=folders or None)
+    folders = dict.fromkeys(place for place in places.values() if place is not None)
+    manager = TaskManager(include_path=list(folders) or None)
     unknown = [name for name in places if name not in manager.all_tasks]
     if unknown:
         raise UsageError(
@@ -90,6 +92,7 @@ def _ask(
                 pretrained=subject.model,
                 tokenizer=subject.tokenizer,
                 batch_size=options.batch_size,
+                backend="causal",
             ),
             tasks=list(names),
             task_manager=manager,
@@ -98,6 +101,7 @@ def _ask(
             apply_chat_template=options.chat,
             confirm_run_unsafe_code=options.run_generated_code,
             bootstrap_iters=RESAMPLES,
+            verbosity="ERROR",
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
@@ -122,7 +126,10 @@ def _scores(
         if not comma or measure.endswith("_stderr"):
             continue
         columns = [mark.get((measure, kind), []) for mark in marks]
-        pair = [_with_error(value, measure, kind) for value in values]
+        pair = [
+            _likelihood(value[key], column, seed) or _with_error(value, measure, kind)
+            for value, column in zip(values, columns, strict=True)
+        ]
         share = all(map(_is_mean_of_shares, pair, columns))
         alone = Comparison(source=pair[0], result=None, difference=None, p_value=None)
         if len(pair) == 2:
@@ -140,9 +147,9 @@ def _scores(
     return scores
 
 
-def _is_mean_of_shares(value: Estimate, marks: Sequence[float]) -> bool:
+def _is_mean_of_shares(value: Estimate, marks: Sequence[Any]) -> bool:
     """Whether the value is the mean of marks between 0 and 1, and not e.g. a perplexity."""
-    if not marks or not all(0 <= mark <= 1 for mark in marks):
+    if not marks or not all(isinstance(mark, float) and 0 <= mark <= 1 for mark in marks):
         return False
     return math.isclose(value.value, math.fsum(marks) / len(marks), abs_tol=1e-6)
 
@@ -151,9 +158,30 @@ def _marks(samples: Sequence[Mapping[str, Any]]) -> Marks:
     marks: Marks = {}
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         for measure in sample["metrics"]:
-            if isinstance(sample.get(measure), Real):
-                marks.setdefault((measure, sample["filter"]), []).append(float(sample[measure]))
+            mark = sample.get(measure)
+            listed = marks.setdefault((measure, sample["filter"]), [])
+            listed.append(float(mark) if isinstance(mark, Real) else mark)
     return marks
+
+
+def _likelihood(value: float, marks: Sequence[Any], seed: int) -> Estimate | None:
+    """A perplexity, or bits per byte, with its bootstrap interval over texts.
+
+    lm-eval gives it none. Its marks are (log-likelihood, number of words or bytes) of each text;
+    None where they are something else.
+    """
+    if len(marks) < 2 or not all(isinstance(mark, tuple) and len(mark) == 2 for mark in marks):
+        return None
+    sums = np.asarray(marks, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+    likelihoods, counts = sums[picks].sum(axis=1).T
+    low, high = np.quantile(-likelihoods / counts, [0.025, 0.975])
+    mean = Estimate(value=-sums[:, 0].sum() / sums[:, 1].sum(), low=low, high=high)
+    for scale in (math.exp, lambda nats: nats / math.log(2)):
+        found = mean.mapped(scale)
+        if math.isclose(found.value, value, rel_tol=1e-6):
+            return found
+    return None
 
 
 def _with_error(value: Mapping[str, Any], measure: str, kind: str) -> Estimate:
