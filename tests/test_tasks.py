@@ -326,6 +326,28 @@ def test_a_run_that_was_cut_off_goes_on(
     assert len(writer.calls) == 10
 
 
+def test_an_interrupted_command_says_how_to_go_on(
+    folder: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlakit.cli import app
+
+    def interrupt(*args: Any, **how: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asking, "generate", interrupt)
+    (tmp_path / "text.txt").write_text("it is so. " * 60)
+    done = CliRunner().invoke(
+        app,
+        [
+            *("eval", str(folder), "--text", str(tmp_path / "text.txt"), "--windows", "1"),
+            *("--prefix-length", "64", "--suffix-length", "16", "--no-recall"),
+            *("--tasks", f"gsm8k={sums}", "-o", str(tmp_path / "out")),
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 130
+    assert "answers to tasks are kept. To go on:" in done.output
+
+
 def test_humaneval_is_refused_unless_allowed(folder: Path, programs: Path) -> None:
     with pytest.raises(UsageError, match=r"runs the programs.*on this machine") as raised:
         evaluate(folder / "absent", tasks=[f"humaneval={programs}"])

@@ -96,33 +96,39 @@ def eval(
     if output is not None:
         output = output.expanduser()
         require_writable(output)
-    with show_progress() as progress:
-        report = evaluate(
-            model,
-            result,
-            text=text or None,
-            prefix_length=prefix_length,
-            suffix_length=suffix_length,
-            windows=windows,
-            recall=recall,
-            speed=speed,
-            tasks=tasks or (),
-            limit=limit,
-            shots=shots,
-            samples=samples,
-            temperature=temperature,
-            chat=chat,
-            batch_size=batch_size,
-            run_generated_code=run_generated_code,
-            generations=output and output / "tasks" if tasks else None,
-            prompts=prompt,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            cache_format=cache_format,
-            command=shlex.join(["mlakit", *sys.argv[1:]]),
-            progress=progress,
-        )
+    try:
+        with show_progress() as progress:
+            report = evaluate(
+                model,
+                result,
+                text=text or None,
+                prefix_length=prefix_length,
+                suffix_length=suffix_length,
+                windows=windows,
+                recall=recall,
+                speed=speed,
+                tasks=tasks or (),
+                limit=limit,
+                shots=shots,
+                samples=samples,
+                temperature=temperature,
+                chat=chat,
+                batch_size=batch_size,
+                run_generated_code=run_generated_code,
+                generations=output and output / "tasks" if tasks else None,
+                prompts=prompt,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                cache_format=cache_format,
+                command=shlex.join(["mlakit", *sys.argv[1:]]),
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        if output is not None and tasks:
+            again = shlex.join(["mlakit", *sys.argv[1:]])
+            typer.echo(f"interrupted; answers to tasks are kept. To go on:\n  {again}", err=True)
+        raise typer.Exit(130) from None
     if output is not None:
         write_report(report, output)
     if as_json:
