@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
 
 from mlakit.healing.loss import LogitLoss, chunked
-from mlakit.healing.pair import relative_errors
+from mlakit.healing.pair import Pair, relative_errors
+from mlakit.healing.recipe import Recipe
+from mlakit.healing.trainable import choose_trainable
+from mlakit.nn.hf import load
+from tiny_models import save_tiny
 
 TOKENS, WIDTH, VOCABULARY = 37, 12, 50
 
@@ -96,6 +101,32 @@ def test_cross_entropy_is_torchs_own() -> None:
     _, facts = LogitLoss(1, 1)(hidden @ weight.T, teacher, targets)
     expected = functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     assert facts[0] == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma2", "gemma3_text", "qwen2_moe"])
+def test_losses_are_those_of_the_models_own_logits(tmp_path: Path, family: str) -> None:
+    """Embedding factors, soft caps and logit scales are the family's."""
+    options = {"final_logit_softcapping": 3.0} if family == "gemma2" else {}
+    options = {"logits_scaling": 4.0} if family == "granite" else options
+    folders = [save_tiny(tmp_path / name, family, **options) for name in ("student", "teacher")]
+    student, teacher = (load(folder) for folder in folders)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.05)
+    recipe = Recipe(ce_weight=1.0, kl_weight=1.0)
+    choose_trainable(student, recipe)
+    ids = torch.arange(2 * 20).view(2, 20) * 7 % 50
+    targets = ids.roll(-1, 1)
+    targets[0, :5] = -100
+    _, facts = Pair(student, teacher, recipe).losses(ids, targets, matching=False)
+    with torch.no_grad():
+        ours, theirs = (model(ids).logits[targets >= 0].double() for model in (student, teacher))
+    ce = functional.cross_entropy(ours, targets[targets >= 0], reduction="sum")
+    kl = functional.kl_div(
+        ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum"
+    )
+    # float32 against float64, summed over 35 tokens
+    torch.testing.assert_close(facts[:2].double(), torch.stack((ce, kl)), rtol=1e-4, atol=1e-4)
 
 
 def test_relative_errors_do_not_depend_on_neighbours() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +43,7 @@ class Pair(nn.Module):
         self.logit_loss = LogitLoss(
             recipe.ce_weight, recipe.kl_weight, recipe.temperature, recipe.top_k
         )
+        self._finish = [finish_logits(model) for model in (student, teacher)]
         if recipe.checkpointing:
             # Its name before transformers 5.23 was gradient_checkpointing_enable.
             old = student.gradient_checkpointing_enable
@@ -102,12 +104,12 @@ class Pair(nn.Module):
 
         def part(hidden: Tensor, weights: list[Tensor], rows: slice) -> tuple[Tensor, Tensor]:
             state = dict(zip(names, weights, strict=True))
-            logits = family_logits(self.student, functional.linear(hidden, **state))
+            logits = self._finish[0](functional.linear(hidden, **state))
             other = None
             if theirs is not None:
                 with torch.no_grad():
                     head: Any = self.teacher.get_output_embeddings()
-                    other = family_logits(self.teacher, head(theirs[rows]))
+                    other = self._finish[1](head(theirs[rows]))
             return self.logit_loss(logits, other, wanted[rows])
 
         rows = max(16, CHUNK_LOGITS // output.weight.shape[0])
@@ -176,12 +178,11 @@ def watch_attention(model: PreTrainedModel) -> Iterator[Seen]:
             hook.remove()
 
 
-def family_logits(model: PreTrainedModel, plain: Tensor) -> Tensor:
-    """What the family makes of the product with the output matrix: soft caps, factors."""
+def finish_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """What the model's family makes of the product with the output matrix: soft caps, factors."""
     config = model.config.to_dict()
     family = FAMILIES[str(config["model_type"]).removeprefix("mla_")]
-    logits: Tensor = family.logits({**family.defaults, **config}, plain)
-    return logits
+    return partial(family.logits, {**family.defaults, **config})
 
 
 def require_matching_layers(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
