@@ -128,6 +128,7 @@ def test_equal_cache_key_up_projection_trains(tmp_path: Path) -> None:
     quick_heal(pair, tmp_path / "out", ce_weight=1.0, learning_rate=1e-3)
     parts = {name.split("self_attn.")[1] for name in changed(pair[1], tmp_path / "out")}
     assert parts == KV | {"q_up_proj.weight"}
+    mlakit.verify(pair[0], tmp_path / "out", text=pair[2])  # equality is promised no longer
 
 
 def test_micro_batches_and_recomputation_change_nothing(pair: Pair) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ class Lessons:
 
 Segment = tuple[str, bool]
 """A piece of a document, and whether it counts."""
+
+END_OF_TURN = re.compile(r"\s*<[^<>\s]{1,40}>")
+"""What templates close a reply with, such as ``<|im_end|>``: it is learnt as well."""
 
 
 def read_lessons(
@@ -121,7 +125,7 @@ def _documents(source: Source, tokenizer: Any) -> Iterator[list[Segment]]:
 
 
 def _templated(talk: Conversation, tokenizer: Any, where: str) -> list[Segment]:
-    """A conversation in its template; what follows a reply, up to the next turn, ends it."""
+    """A conversation in its template; replies count, with the mark that ends them."""
     try:
         text = tokenizer.apply_chat_template(list(talk), tokenize=False)
     except Exception as error:  # a template raises what its author chose
@@ -131,29 +135,17 @@ def _templated(talk: Conversation, tokenizer: Any, where: str) -> list[Segment]:
         ) from error
     pieces: list[Segment] = []
     done = 0
-    for index, turn in enumerate(talk):
-        if turn["role"] != "assistant":
-            continue
+    for turn in talk:
         said = turn["content"].strip()
         start = text.find(said, done)
         if start < 0:  # templates leave the thoughts of earlier turns out
             continue
         end = start + len(said)
-        follows = (
-            text.find(talk[index + 1]["content"].strip(), end) if index + 1 < len(talk) else -1
-        )
-        end = _end_of_turn(text, end, len(text) if follows < 0 else follows)
-        pieces += [(text[done:start], False), (text[start:end], True)]
+        if turn["role"] == "assistant" and (mark := END_OF_TURN.match(text, end)):
+            end = mark.end()
+        pieces += [(text[done:start], False), (text[start:end], turn["role"] == "assistant")]
         done = end
     return [*pieces, (text[done:], False)]
-
-
-def _end_of_turn(text: str, start: int, limit: int) -> int:
-    """After the closing mark that stands at ``start``, such as ``<|im_end|>``: it is learnt too."""
-    if start < limit and text[start] == "<":
-        closing = text.find(">", start, limit)
-        return closing + 1 if closing >= 0 else start
-    return start
 
 
 def _packed(
