@@ -8,18 +8,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from healing_cases import QUICK, make_pair
 from typer.testing import CliRunner
 
+from healing_cases import QUICK, make_pair
 from mlakit.cli import app
 from mlakit.cli.heal import Told
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "healing"
 RECIPES = sorted(EXAMPLES.glob("*.sh"))
 FLAGS = [
-    word
-    for name, value in QUICK.items()
-    for word in (f"--{name.replace('_', '-')}", str(value))
+    word for name, value in QUICK.items() for word in (f"--{name.replace('_', '-')}", str(value))
 ]
 
 
@@ -57,8 +55,13 @@ def test_progress_says_speed_time_left_and_cost(capsys: pytest.CaptureFixture[st
     told({**step, "step": 1, "tokens": 100, "seconds": 10.0})
     told(
         {
-            **{"arm": "healed", "kind": "check", "step": 51, "tokens": 5100, "seconds": 60.0},
-            **{"perplexity": 5.0, "kl": 0.1},
+            "arm": "healed",
+            "kind": "check",
+            "step": 51,
+            "tokens": 5100,
+            "seconds": 60.0,
+            "perplexity": 5.0,
+            "kl": 0.1,
         }
     )
     line = capsys.readouterr().err
@@ -71,7 +74,9 @@ def test_recipes_use_flags_that_exist(path: Path) -> None:
     subprocess.run(["sh", "-n", str(path)], check=True)
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
     known = {
-        command.name: set(re.findall(r"--[\w-]+", CliRunner().invoke(app, [command.name, "-h"]).stdout))
+        command.name: set(
+            re.findall(r"--[\w-]+", CliRunner().invoke(app, [command.name, "-h"]).stdout)
+        )
         for command in app.registered_commands
         if command.name in ("convert", "heal", "eval")
     }
@@ -85,4 +90,4 @@ def test_recipes_use_flags_that_exist(path: Path) -> None:
             continue
         flags = set(re.findall(r"(?<!\w)--[a-z][\w-]+", line))
         assert flags <= known[used], (line, flags - known[used])
-    assert text.index("--dry-run") < text.rindex("heal \"$@\"")
+    assert text.index("--dry-run") < text.rindex('heal "$@"')

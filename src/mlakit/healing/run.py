@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +26,7 @@ from mlakit.checkpoint import (
 )
 from mlakit.checkpoint.writing import PARTIAL_SUFFIX
 from mlakit.data import SourceLike
-from mlakit.errors import UsageError
+from mlakit.errors import MlakitError, UsageError
 from mlakit.evaluation.environment import describe_environment
 from mlakit.evaluation.subject import Subject, open_subject, open_tokenizer
 from mlakit.healing.arm import Arm, Start
@@ -120,6 +121,11 @@ def heal(
         UsageError, UnsupportedModelError: nothing was written.
         MlakitError: says what failed and how to go on.
     """
+    if find_spec("accelerate") is None:
+        raise MlakitError(
+            "Healing needs the package accelerate, which is not installed",
+            remedy="pip install 'mlakit[heal]'",
+        )
     inputs = _read_inputs(
         student, teacher, choose_recipe(recipe, settings), held_out, control, device
     )

@@ -17,11 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import (
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    broadcast_object_list,
-)
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import SequentialSampler
@@ -111,6 +106,8 @@ class HealTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Tells FSDP which modules are units: this run's, not those of an arm before."""
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if fsdp_is_asked_for() and state.distributed_type == DistributedType.MULTI_CPU:
@@ -193,6 +190,8 @@ class HealTrainer(Trainer):
         """The first process's figures in all of them, so that all decide alike."""
         if self.args.world_size == 1:
             return facts
+        from accelerate.utils import broadcast_object_list
+
         shared: list[dict[str, Any]] = broadcast_object_list([facts])
         return shared[0]
 
