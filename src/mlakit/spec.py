@@ -105,6 +105,8 @@ class AttentionSpec:
         source_kv_lora_rank: C of a layer that was latent before its conversion. It keeps that
             layer's projections to queries and latent, and its latent is linear in theirs.
         source_qk_rope_head_dim: R of that layer.
+        query_up: a converted layer has the source's own queries, and a matrix per head makes
+            nope and rope rows of them.
         softmax_scale: factor on the scores; never None after a family reader ran.
         cache_format: how a latent is cached: quantised, its rotary part in 16 bits; None for
             numbers of the model's own dtype.
@@ -128,6 +130,7 @@ class AttentionSpec:
     source_kv_heads: int | None = None
     source_kv_lora_rank: int | None = None
     source_qk_rope_head_dim: int | None = None
+    query_up: bool = False
     q_bias: bool = False
     kv_bias: bool = False
     o_bias: bool = False
@@ -146,6 +149,11 @@ class AttentionSpec:
     def indirect(self) -> bool:
         """Whether a converted layer's latent is linear in something else than its input."""
         return bool(self.qk_norm or self.source_kv_lora_rank)
+
+    @property
+    def maps_queries(self) -> bool:
+        """Whether a converted layer's queries go through a matrix per head, ``q_up_proj``."""
+        return self.indirect or self.query_up or self.mla_form == "equal-cache"
 
     @property
     def absorbed(self) -> AttentionSpec:
@@ -205,7 +213,7 @@ class AttentionSpec:
     @property
     def query_dim(self) -> int:
         """Size of one projected query head: N + R of DeepSeek's layout, else d."""
-        if self.kv_lora_rank is None or self.mla_form != "compress" or self.indirect:
+        if self.kv_lora_rank is None or self.mla_form != "compress" or self.maps_queries:
             return self.head_dim
         return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0)
 
@@ -267,7 +275,7 @@ class AttentionSpec:
             up = (heads * self.head_dim, rank // 2)
             return {**down, "v_b_proj.weight": up, "k_b_proj.weight": up}
         shapes = {**down, "kv_a_layernorm.weight": (rank,)}
-        if self.mla_form == "equal-cache" or self.indirect:
+        if self.maps_queries:
             shapes["q_up_proj.weight"] = (heads, nope + rope, self.head_dim)
         shapes["kv_b_proj.weight"] = (heads * (nope + self.value_dim), rank)
         return shapes

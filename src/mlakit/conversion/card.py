@@ -61,6 +61,7 @@ def converted_config(
         "source_head_dim": old.head_dim,
         "source_kv_lora_rank": target.source_kv_lora_rank,
         "source_qk_rope_head_dim": target.source_qk_rope_head_dim,
+        "query_up": target.query_up,
         "q_bias": target.q_bias,
         "kv_a_bias": target.kv_bias,
         "o_bias": target.o_bias,

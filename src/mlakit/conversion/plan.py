@@ -369,7 +369,7 @@ def kept_tensors(layer: AttentionSpec, goal: Goal) -> frozenset[str]:
     if goal.steps:
         return frozenset()
     kept = {"o_proj.weight"} if goal.has("means") else {"o_proj.weight", "o_proj.bias"}
-    if layer.mla_form != "compress" or layer.indirect:
+    if layer.mla_form != "compress" or layer.maps_queries:
         kept |= {"q_proj.weight", "q_proj.bias", "q_a_proj.weight", "q_a_proj.bias"}
         kept |= {"q_a_layernorm.weight", "q_b_proj.weight"}
     if layer.qk_norm:

@@ -227,6 +227,7 @@ def converted(config: Config, rope: RopeSpec | None, window: int | None) -> Atte
         source_kv_heads=source.get("num_key_value_heads"),
         source_kv_lora_rank=config.get("source_kv_lora_rank"),
         source_qk_rope_head_dim=config.get("source_qk_rope_head_dim"),
+        query_up=bool(config.get("query_up", False)),
         softmax_scale=float(scale),
         rope=_with_dim(rope, rotated // blocks, blocks),
         logit_softcap=config.get("attn_logit_softcapping"),

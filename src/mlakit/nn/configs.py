@@ -38,6 +38,7 @@ class LatentConfig:
         source_kv_lora_rank: C of a source that was latent already. Its projections to queries and
             to the row it cached stay, and the new latent is made of ``[kv_norm(c) | k_rope]``.
         source_qk_rope_head_dim: R of that source.
+        query_up: queries are the source's own, and a matrix per head makes N + R numbers of them.
         q_bias: q_proj has a bias.
         kv_a_bias: kv_a_proj_with_mqa has a bias; with QK-norm k_proj and v_proj instead.
         o_bias: o_proj has a bias.
@@ -76,6 +77,7 @@ class LatentConfig:
     source_head_dim: int | None = None
     source_kv_lora_rank: int | None = None
     source_qk_rope_head_dim: int | None = None
+    query_up: bool = False
     q_bias: bool = False
     kv_a_bias: bool = False
     o_bias: bool = False
@@ -131,6 +133,8 @@ class LatentConfig:
             raise ValueError(
                 "qk_norm and source_kv_lora_rank call for source_kv_heads and source_head_dim"
             )
+        if self.query_up and (self.mla_form != "compress" or not self.source_head_dim):
+            raise ValueError("query_up calls for the form compress and source_head_dim")
         if self.mla_form == "equal-cache" and self.qk_nope_head_dim:
             raise ValueError("the equal-cache form has qk_nope_head_dim 0")
         if self.mla_form == "article" and self.kv_lora_rank % 2:
@@ -154,9 +158,14 @@ class LatentConfig:
         return bool(self.qk_norm or self.source_kv_lora_rank)
 
     @property
+    def maps_queries(self) -> bool:
+        """Whether queries go through a matrix per head, ``q_up_proj``."""
+        return self.indirect or self.query_up or self.mla_form == "equal-cache"
+
+    @property
     def query_dim(self) -> int:
         """Size of one projected query head."""
-        if self.indirect and self.source_head_dim:
+        if (self.indirect or self.query_up) and self.source_head_dim:
             return self.source_head_dim
         if self.mla_form == "compress":
             return self.qk_nope_head_dim + self.qk_rope_head_dim

@@ -108,7 +108,7 @@ class MLAttention(nn.Module):
         self.kv_a_layernorm = LatentNorm(self.kv_lora_rank, config.latent_norm_eps)
         heads, width = config.num_attention_heads, self.qk_nope_head_dim + self.v_head_dim
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * width, bias=False)
-        if config.indirect or config.mla_form == "equal-cache":
+        if config.maps_queries:
             width = self.qk_nope_head_dim + self.qk_rope_head_dim
             self.q_up_proj = HeadProjection(heads, width, config.query_dim)
 
@@ -141,7 +141,7 @@ class MLAttention(nn.Module):
 
     def split_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Queries as projected to their nope and rope parts."""
-        if self.config.indirect:
+        if self.config.maps_queries:
             q = self.q_up_proj(q)
         nope, rope = torch.split(q, [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return nope, rope
