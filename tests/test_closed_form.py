@@ -172,10 +172,8 @@ def test_full_rank_is_the_partial_rope_model(groups: int, rope_dim: int) -> None
         closed_form.value_metric(seen, spec, weights, felt_output(weights, None)),
     )
     rank = 2 * groups * DIM - rope_dim
-    axes = closed_form.output_axes(
-        keys, weights.values, seen.attended, metric, centred=True, bias=True
-    )
-    cut = axes.cut(rank)
+    axes = closed_form.output_axes(keys, weights.values, seen.attended, metric, centred=True)
+    cut = axes.cut(keys, weights.values, rank, bias=True)
     assert cut.kept == pytest.approx(1, abs=1e-12)
     outputs = []
     for low_rank in (closed_form.whole(keys, weights.values), cut):

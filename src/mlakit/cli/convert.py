@@ -40,7 +40,11 @@ def convert(
         int | None, typer.Option(help="Compress: latent rank, instead of a ratio.")
     ] = None,
     qk_rope_head_dim: Annotated[
-        int | None, typer.Option(help="Rotary dimensions kept; default: the head size.")
+        int | None,
+        typer.Option(
+            help="Rotary dimensions kept; default: chosen with the ranks, on calibration text, and"
+            " the head size with --kv-lora-rank, other methods and engines of fixed sizes."
+        ),
     ] = None,
     max_kl: Annotated[
         float | None,
@@ -173,25 +177,28 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
     """A plan in a few lines, with what it needs."""
     from mlakit.conversion.card import cached_by, domain_list
 
-    source, target, most = plan.source_layer, plan.target, " at most" if plan.open else ""
+    source, most = plan.source_layer, "at most " if plan.open else ""
+    searched = most if plan.goal.max_kl is not None else ""
     _line(
         console,
         "attention",
         f"{source.kind.upper()}, {source.num_attention_heads} heads on {cached_by(source)},"
         f" {len(plan.layers)} layers",
     )
-    _line(
-        console,
-        "becomes",
-        f"MLA ({target.mla_form}), rank {plan.rank_words}, rope {target.qk_rope_head_dim}",
-    )
+    _line(console, "becomes", f"MLA ({plan.target.mla_form}), {plan.size_words}")
     _line(
         console,
         "cache per token",
-        f"{plan.source_cache_bytes:,} ->{most} {plan.cache_bytes:,} bytes:"
+        f"{plan.source_cache_bytes:,} -> {searched}{plan.cache_bytes:,} bytes:"
         f" {plan.cache_ratio:.1%} of its own, {plan.mha_ratio:.1%} of MHA",
     )
-    _line(console, "written", f"{plan.nbytes:,} bytes in {plan.shards} shards, {plan.dtype}")
+    growth = plan.nbytes / plan.source_nbytes - 1
+    _line(
+        console,
+        "written",
+        f"{most}{plan.nbytes:,} bytes ({growth:+.1%} of the source's) in {plan.shards} shards,"
+        f" {plan.dtype}",
+    )
     if plan.calibration is not None:
         texts = plan.calibration
         _line(

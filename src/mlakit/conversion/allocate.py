@@ -1,6 +1,6 @@
-"""From predicted loss to sizes: the curve, ranks per layer, and the search for a given loss.
+"""From predicted loss to sizes: the curve, rotary width and ranks, the search for a given loss.
 
-The algebra predicts what a rank costs: rotations dropped and axes cut change a block's output,
+The algebra predicts what a size costs: rotations dropped and axes cut change a block's output,
 and the metric of ``sensitivity`` turns that into nats of KL divergence, which add up over layers
 to second order. No torch here.
 """
@@ -26,16 +26,17 @@ than one in this many of all there are."""
 
 @dataclass(frozen=True)
 class Point:
-    """One size: ranks per layer, the share of the source's cache, predicted nats per token."""
+    """One size: ranks per layer, rotary width, share of the source's cache, predicted nats."""
 
     ranks: tuple[int, ...]
+    rope_dim: int
     cache_ratio: float
     predicted_kl: float
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What the layers of a model lose at any rank, nats per token.
+    """What the layers of a model lose at one rotary width and any rank, nats per token.
 
     Attributes:
         rotations: per layer, of the rotations that are dropped.
@@ -67,7 +68,8 @@ class Losses:
     def point(self, ranks: Sequence[int]) -> Point:
         """These ranks with what they keep and cost."""
         width = sum(ranks) + self.rope_dim * len(ranks)
-        return Point(tuple(ranks), width / (self.full * len(ranks)), self.predicted(ranks))
+        ratio = width / (self.full * len(ranks))
+        return Point(tuple(ranks), self.rope_dim, ratio, self.predicted(ranks))
 
     def measured(self, total: int) -> tuple[int, ...]:
         """Ranks that sum up to at most ``total`` and lose least in all.
@@ -95,18 +97,46 @@ class Losses:
                 heapq.heappush(queue, entry(layer))
         return tuple(rank * step for rank in ranks)
 
-    def sizes(self, measured: bool, allowed: Sequence[int] | None) -> list[Point]:
-        """Every size to choose from, ascending.
+    def at(self, width: int, measured: bool) -> Point | None:
+        """The best division of so many cached numbers per layer; None where no rank is left."""
+        rank, count = width - self.rope_dim, len(self.axes)
+        if not 1 <= rank <= self.highest:
+            return None
+        if measured and rank >= self.step:
+            return self.point(self.measured(rank * count))
+        return self.point([rank] * count)
 
-        Args:
-            measured: each layer has a rank of its own, and not all the same one.
-            allowed: the only ranks that an engine takes; None for any.
-        """
-        ranks = [*range(self.step, self.highest, self.step), self.highest]
-        count = len(self.axes)
-        if measured:
-            return [self.point(self.measured(rank * count)) for rank in ranks]
-        return [self.point([rank] * count) for rank in allowed or ranks]
+
+def sizes_at(every: Sequence[Losses], width: int, measured: bool) -> list[Point]:
+    """The best size of each rotary width at so many cached numbers per layer; the best one first.
+
+    Args:
+        every: of each rotary width to choose from; ``width`` leaves one of them a rank.
+        width: C + R, in the mean over layers.
+        measured: each layer has a rank of its own, and not all the same one.
+    """
+    found = [point for losses in every if (point := losses.at(width, measured))]
+    return sorted(found, key=lambda point: (point.predicted_kl, point.rope_dim))
+
+
+def all_sizes(
+    every: Sequence[Losses], measured: bool, allowed: Sequence[int] | None
+) -> list[Point]:
+    """Every size to choose from, ascending; of each width the best one.
+
+    Args:
+        every: of each rotary width to choose from.
+        measured: each layer has a rank of its own, and not all the same one.
+        allowed: the only ranks that an engine takes, beside its one rotary width; None for any.
+    """
+    if allowed is not None:
+        return [every[0].point([rank] * len(every[0].axes)) for rank in allowed]
+    widths = {
+        losses.rope_dim + rank
+        for losses in every
+        for rank in (*range(losses.step, losses.highest, losses.step), losses.highest)
+    }
+    return [sizes_at(every, width, measured)[0] for width in sorted(widths)]
 
 
 def some_of(sizes: Sequence[Point]) -> list[Point]:

@@ -64,7 +64,9 @@ def convert(
         form: ``absorbed``, or ``article`` for rotation after the up-projection.
         cache_ratio: share of the source's own cache to keep.
         kv_lora_rank: C, instead of a ratio.
-        qk_rope_head_dim: R; the source's head size if None.
+        qk_rope_head_dim: R. If None it is chosen with the ranks, on calibration text, and is the
+            source's head size where that cannot be: with ``kv_lora_rank``, with other methods, for
+            engines of fixed sizes, and from a latent source.
         method: how to compress: ``mlakit``, or ``transmla`` as published.
         freqfold: frequencies that ``transmla`` folds together; ``auto`` chooses on held-out
             calibration text.
@@ -181,7 +183,8 @@ def _finished(folder: Path, plan: ConversionPlan) -> ConversionPlan | None:
     if status != "complete" or not _whole(folder):
         return None
     ranks = [layer["kv_lora_rank"] for layer in written["layers"]]
-    return replace(resized(plan, ranks), measured=written["measured"])
+    rope_dim = written["layers"][0]["qk_rope_head_dim"]
+    return replace(resized(plan, ranks, rope_dim), measured=written["measured"])
 
 
 def _whole(folder: Path) -> bool:

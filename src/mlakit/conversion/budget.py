@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mlakit.conversion.rotary_sizes import check_freqfold, check_rope_dim, rope_choices
+from mlakit.conversion.rotary_sizes import check_freqfold, check_rope_dim, open_sizes, rope_choices
 from mlakit.engines.targets import TARGETS
 from mlakit.errors import UsageError
 from mlakit.spec import AttentionSpec, RopeSpec
@@ -47,7 +47,8 @@ class Goal:
         form: ``absorbed`` or, as the article writes it, ``article``; for ``equal_cache``.
         cache_ratio: share of the source's own cache to keep, between 0 and 1.
         kv_lora_rank: C, instead of a ratio.
-        qk_rope_head_dim: R, the rotary dimensions kept; the source's head size if None.
+        qk_rope_head_dim: R, the rotary dimensions kept. If None calibration chooses it where it
+            can (``rotary_sizes.open_sizes``); elsewhere it is the source's head size.
         method: how to compress; ``mlakit`` or, as published, ``transmla``.
         freqfold: frequencies folded together by ``transmla``, or ``auto``.
         without: names of PARTS that the method ``mlakit`` does without, sorted.
@@ -182,7 +183,7 @@ class Goal:
 
 
 def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
-    """The latent layer that a source layer becomes.
+    """The latent layer that a source layer becomes; the largest where calibration chooses.
 
     Raises:
         UsageError: the goal cannot be met; names the nearest two that can.
@@ -216,6 +217,11 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
             qk_rope_head_dim=groups * dim,
             rope=rope and replace(rope, blocks=groups),
         )
+    if widths := open_sizes(source, goal):
+        query_up = TARGETS[goal.engine].query_up and not source.qk_norm
+        goals = [replace(goal, qk_rope_head_dim=width) for width in widths]
+        found = [replace(target_layer(source, each), query_up=query_up) for each in goals]
+        return max(found, key=lambda layer: sum(map(math.prod, layer.tensor_shapes().values())))
     turning, rope_dim = source.rotary_dim, goal.qk_rope_head_dim
     choices = rope_choices(source, goal.method)
     sizes = TARGETS[goal.engine].sizes(source)
@@ -236,7 +242,7 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
         kv_lora_rank=rank,
         qk_nope_head_dim=nope if nope and rope_dim == turning else dim,
         qk_rope_head_dim=rope_dim,
-        rope=rope and _narrowed(TARGETS[goal.engine].rope(rope) or rope, rope_dim),
+        rope=rope and narrowed(TARGETS[goal.engine].rope(rope) or rope, rope_dim),
         o_bias=source.o_bias or goal.has("means"),
     )
 
@@ -255,7 +261,7 @@ def _check_latent(source: AttentionSpec, goal: Goal) -> None:
         )
 
 
-def _narrowed(rope: RopeSpec, dim: int) -> RopeSpec:
+def narrowed(rope: RopeSpec, dim: int) -> RopeSpec:
     """The schedule of ``dim`` dimensions that all turn."""
     parameters = dict(rope.parameters)
     if "partial_rotary_factor" in parameters:

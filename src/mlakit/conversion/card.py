@@ -101,8 +101,7 @@ def model_card(plan: ConversionPlan) -> str:
         _cache_row("this model", plan.cache_bytes, plan),
         "",
         f"{source.num_attention_heads} query heads on {cached_by(source)} became a latent of"
-        f" `kv_lora_rank` {plan.rank_words} with"
-        f" `qk_rope_head_dim` {target.qk_rope_head_dim}, stored as {plan.dtype}.",
+        f" {plan.size_words} (`kv_lora_rank`, `qk_rope_head_dim`), stored as {plan.dtype}.",
         "",
         *_calibration_lines(plan),
         "```python",
@@ -230,11 +229,18 @@ def _losses(plan: ConversionPlan) -> list[tuple[str, str]]:
     if len(set(plan.ranks)) > 1:
         found.append(("ranks", f"{', '.join(map(str, plan.ranks))}, where each saves most"))
     if "curve" in measured:
+        several = len({point["rope_dim"] for point in measured["curve"]}) > 1
         points = ", ".join(
-            f"{point['cache_ratio']:.0%}: {point['predicted_kl']:.2g}"
+            f"{point['cache_ratio']:.0%}"
+            + (f" with rope {point['rope_dim']}" if several else "")
+            + f": {point['predicted_kl']:.2g}"
             for point in measured["curve"]
         )
         found.append(("curve", f"{points} (cache kept: nats per token, {FORESEEN})"))
+    if "rope_dims" in measured:
+        tried = ", ".join(f"{width}: {kl:.3g}" for width, kl in measured["rope_dims"])
+        chosen = f"{plan.target.qk_rope_head_dim}, of {tried} nats per token at this cache"
+        found.append(("rope", f"{chosen}, {FORESEEN}"))
     if "held_out_kl" in measured:
         kl = f"{measured['held_out_kl']:.4g} nats per token from the source's on held-out"
         kl += " calibration text (KL divergence)"

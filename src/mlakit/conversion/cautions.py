@@ -28,23 +28,23 @@ def cautions(plan: ConversionPlan, model: ModelSpec, device: str) -> tuple[str, 
         found.append("the source is plain multi-head attention: its own cache is that of MHA")
     if not plan.goal.equal_cache:
         rank, rope = target.kv_lora_rank or 0, target.qk_rope_head_dim or 0
-        if rank + rope == full and source.kv_lora_rank is None and plan.goal.max_kl is None:
+        searched, fresh = plan.goal.max_kl is not None, source.kv_lora_rank is None
+        if rank + rope == full and fresh and not searched:
             found.append(
-                "full rank saves no cache and still drops most of the rotation;"
-                " --equal-cache keeps the same bytes and is exact"
+                "full rank saves no cache and still drops rotations; --equal-cache keeps the same"
+                " bytes and is exact"
             )
-        settled = source.kv_lora_rank is None and plan.goal.max_kl is None
-        if settled and rank > source.hidden_size + 1:
+        if fresh and not plan.open and rank > source.hidden_size + 1:
             found.append(
                 f"rank {rank} is above the hidden size {source.hidden_size}: the latent cannot"
                 " hold more than its input"
             )
-        if plan.goal.max_kl is not None:
+        if searched:
             found.append(
                 f"the search for {plan.goal.max_kl:g} nats per token converts up to {SEARCH_ROUNDS}"
                 " times; what it needs is given for one"
             )
-        if rank % 16 and plan.goal.max_kl is None:
+        if rank % 16 and not plan.open:
             found.append(f"rank {rank} is no multiple of 16; multiples of 16 decode fastest")
         if full <= 512 and source.kv_lora_rank is None:
             found.append(

@@ -170,30 +170,43 @@ def value_metric(
 class Axes:
     """Keys and values of a layer along axes that matter less and less: any rank is a prefix.
 
+    The maps to the axes and back follow from these and the layer's weights, which are not repeated
+    here.
+
     Attributes:
         energy: what each axis is worth in the metric, ``[G (d + V)]``, descending.
-        down: ``[G (d + V), D+1]``, from the layer's input to all axes.
-        key_up: ``[G d, G (d + V)]``, back to the unrotated keys.
-        value_up: ``[G V, G (d + V)]``, back to the values.
-        mean: of the values, ``[G V]``, and of the axes, ``[G (d + V)]``; None where means are no
-            matter of their own.
+        rows: the axes, orthonormal where the metric is the identity, ``[G (d + V), G (d + V)]``.
+        metric: ``B_K [G, d, d]`` and ``B_V [G V, G V]``.
+        centre: ``[D+1]``, the mean of the inputs; None where means are no matter of their own.
     """
 
     energy: torch.Tensor
-    down: torch.Tensor
-    key_up: torch.Tensor
-    value_up: torch.Tensor
-    mean: tuple[torch.Tensor, torch.Tensor] | None
+    rows: torch.Tensor
+    metric: tuple[torch.Tensor, torch.Tensor]
+    centre: torch.Tensor | None
 
-    def cut(self, rank: int) -> LowRank:
-        """The first ``rank`` axes."""
-        key_up, value_up, offset = self.key_up[:, :rank], self.value_up[:, :rank], None
-        if self.mean is not None:
-            values, latent = self.mean
-            offset = values - value_up @ latent[:rank]
+    def cut(self, keys: torch.Tensor, values: torch.Tensor, rank: int, *, bias: bool) -> LowRank:
+        """The first ``rank`` axes.
+
+        Args:
+            keys: unrotated keys, ``[G d, D+1]``.
+            values: ``[G V, D+1]``.
+            rank: C.
+            bias: the latent may have a bias, and is then centred itself.
+        """
+        joint, basis = torch.cat([keys, values]), self.rows.mT
+        roots, inverses = _roots(*self.metric)
+        down, up, offset = basis.mT @ roots @ joint, inverses @ basis, None
+        if self.centre is not None:
+            mean = joint @ self.centre
+            if bias:
+                down[:, -1] -= basis.mT @ roots @ mean
+            latent = down @ self.centre
+            offset = mean[len(keys) :] - up[len(keys) :, :rank] @ latent[:rank]
+        key_up, value_up = up[: len(keys), :rank], up[len(keys) :, :rank]
         kept = float(self.energy[:rank].sum() / self.energy.sum().clamp_min(1e-300))
         lost = float(self.energy[rank:].sum())
-        return LowRank(self.down[:rank], key_up, value_up, kept, offset, lost)
+        return LowRank(down[:rank], key_up, value_up, kept, offset, lost)
 
 
 def output_axes(
@@ -203,7 +216,6 @@ def output_axes(
     metric: tuple[torch.Tensor, torch.Tensor],
     *,
     centred: bool,
-    bias: bool,
 ) -> Axes:
     """The axes whose first C harm the output least: PCA of ``[keys; values]`` in a metric.
 
@@ -213,21 +225,16 @@ def output_axes(
         moment: ``E[x x^T]`` with a one appended, ``[D+1, D+1]``.
         metric: ``B_K [G, d, d]`` and ``B_V [G V, G V]``.
         centred: means are no part of the latent; that of the values becomes ``offset``.
-        bias: the latent may have a bias, and is then centred itself.
     """
     joint = torch.cat([keys, values])
     mean = joint @ moment[:, -1] if centred else joint.new_zeros(len(joint))
-    roots, inverses = _roots(*metric)
+    roots = _roots(*metric)[0]
     covariance = joint @ moment @ joint.mT - torch.outer(mean, mean)
     unseen = UNSEEN * float(moment.diagonal()[:-1].mean()) * joint[:, :-1]
     covariance += unseen @ joint[:, :-1].mT
     energy, basis = torch.linalg.eigh(roots @ covariance @ roots)
     energy, basis = energy.flip(0).clamp_min(0), basis.flip(1)
-    down, up = basis.mT @ roots @ joint, inverses @ basis
-    if bias:
-        down[:, -1] -= basis.mT @ roots @ mean
-    means = (mean[len(keys) :], down @ moment[:, -1]) if centred else None
-    return Axes(energy, down, up[: len(keys)], up[len(keys) :], means)
+    return Axes(energy, basis.mT, metric, moment[:, -1] if centred else None)
 
 
 def balance_metric(
@@ -252,16 +259,29 @@ def whole(keys: torch.Tensor, values: torch.Tensor) -> LowRank:
 
 
 def latent_tensors(
-    weights: AttentionWeights, spec: AttentionSpec, rope: Rope, low_rank: LowRank
+    weights: AttentionWeights,
+    spec: AttentionSpec,
+    rope: Rope,
+    low_rank: LowRank,
+    *,
+    query_up: bool = False,
 ) -> Tensors:
     """DeepSeek-shaped tensors of a layer, float64.
 
     The nope rows of each query are the source's own: what a dropped rotation is replaced by is
     multiplied into the head's up-projection.
 
+    Args:
+        weights: the source layer.
+        spec: the source layer.
+        rope: its rotations.
+        low_rank: of its unrotated keys and values.
+        query_up: queries stay the source's own, and a matrix per head makes all rows of them.
+
     Returns:
-        ``q_proj [H (d + R), D]``, ``kv_a_proj_with_mqa [C + R, D]``, ``kv_b_proj [H (d + V), C]``,
-        biases as the source has them, and ``o_proj.bias`` where values have an offset.
+        ``q_proj [H (d + R), D]`` or ``q_up_proj [H, d + R, d]``, ``kv_a_proj_with_mqa [C + R, D]``,
+        ``kv_b_proj [H (d + V), C]``, biases as the source has them, and ``o_proj.bias`` where
+        values have an offset.
     """
     groups, dim = weights.k.shape[:2]
     group = weights.group_of_head
@@ -269,9 +289,15 @@ def latent_tensors(
     key_up = real_form(torch.diag_embed(rope.dropped)).mT @ key_up
     value_up = low_rank.value_up.unflatten(0, (groups, -1))[group]
     down = torch.cat([low_rank.down, _rope_keys(weights, rope.kept)])
-    query = torch.cat([weights.q, rope_queries(rope, group, dim) @ weights.q], 1)
+    turning = rope_queries(rope, group, dim)
+    if query_up:
+        own = torch.eye(dim, dtype=turning.dtype, device=turning.device)
+        query = {"q_up_proj.weight": torch.cat([own.expand(len(turning), -1, -1), turning], 1)}
+    else:
+        rows = torch.cat([weights.q, turning @ weights.q], 1).flatten(0, 1)
+        query = with_bias("q_proj", rows, spec.q_bias)
     tensors = {
-        **with_bias("q_proj", query.flatten(0, 1), spec.q_bias),
+        **query,
         **with_bias("kv_a_proj_with_mqa", down, spec.kv_bias),
         "kv_b_proj.weight": torch.cat([key_up, value_up], 1).flatten(0, 1),
     }

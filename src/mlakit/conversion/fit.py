@@ -1,4 +1,4 @@
-"""The method ``mlakit``, second half: surveyed layers, cut at the ranks that were decided on."""
+"""The method ``mlakit``, second half: surveyed layers, cut at the sizes that were decided on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Fit:
 
     Args:
         survey: of the source, completed.
-        plan: the rank of each layer.
+        plan: the rank of each layer, and the rotary width.
     """
 
     def __init__(self, survey: Survey, plan: ConversionPlan) -> None:
@@ -37,14 +37,22 @@ class Fit:
     def _cut(self, index: int) -> tuple[Tensors, dict[str, Any]]:
         """The layer's tensors at its rank, and what is known of it."""
         reader, has = self.survey.reader, self.plan.goal.has
-        found = self.survey.layer(index)
-        low_rank = found.axes.cut(self.plan.layers[index].kv_lora_rank or 0)
+        target, spec = self.plan.layers[index], reader.spec.layers[index].absorbed
+        found = self.survey.layer(index, target.qk_rope_head_dim or 0)
+        weights = layer_weights(reader, index)
+        low_rank = found.axes.cut(
+            closed_form.unrotated_keys(weights, found.rope.kept),
+            weights.values,
+            target.kv_lora_rank or 0,
+            bias=spec.kv_bias and weights.normed is None,
+        )
         facts = {**found.facts, "kept": low_rank.kept}
         variance = max(facts.pop("variance"), 1e-30)
         if has("downstream"):
             facts["predicted_kl"] = facts["rope_kl"] + low_rank.lost / 2
         elif has("metric"):
             facts["predicted_error"] = facts["rope_error"] + low_rank.lost / variance
-        weights, spec = layer_weights(reader, index), reader.spec.layers[index].absorbed
-        tensors = closed_form.latent_tensors(weights, spec, found.rope, low_rank)
-        return own_heads(tensors, weights, self.plan.layers[index]), facts
+        tensors = closed_form.latent_tensors(
+            weights, spec, found.rope, low_rank, query_up=target.query_up
+        )
+        return own_heads(tensors, weights, target), facts

@@ -13,10 +13,11 @@ from typing import Any, Literal
 from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
 from mlakit.checkpoint.reading import PLAN_NAME
-from mlakit.conversion.budget import Goal, engine_choice, target_layer
+from mlakit.conversion.budget import Goal, engine_choice, narrowed, target_layer
 from mlakit.conversion.cautions import cautions
 from mlakit.conversion.cost import Estimate, forecast_cost
 from mlakit.conversion.domains import Calibration, plan_texts, text_warnings, with_samples
+from mlakit.conversion.rotary_sizes import open_sizes
 from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.engines.targets import TARGETS, adaptations, require_expressible
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
@@ -59,6 +60,7 @@ class ConversionPlan:
         source_layer: the attention of every source layer.
         layers: the target layers.
         tensors: every tensor of the result.
+        source_nbytes: of all tensors of the source.
         source_cache_bytes: per token, all layers, in the source's dtype.
         mha_cache_bytes: the same with one key/value head per query head.
         cache_bytes: the same of the result.
@@ -74,6 +76,7 @@ class ConversionPlan:
     source_layer: AttentionSpec
     layers: tuple[AttentionSpec, ...]
     tensors: tuple[PlannedTensor, ...]
+    source_nbytes: int
     source_cache_bytes: int
     mha_cache_bytes: int
     cache_bytes: int
@@ -99,20 +102,35 @@ class ConversionPlan:
         return [layer.kv_lora_rank or 0 for layer in self.layers]
 
     @property
-    def open(self) -> bool:
-        """Whether calibration has still to decide on a size: what is planned is the largest."""
-        return self.goal.max_kl is not None and "held_out_kl" not in self.measured
+    def rope_dims(self) -> tuple[int, ...]:
+        """The rotary widths that calibration looks at, ascending; one where that is settled."""
+        return open_sizes(self.source_layer, self.goal) or (self.target.qk_rope_head_dim or 0,)
 
     @property
-    def rank_words(self) -> str:
-        """The ranks in a few words."""
-        ranks = sorted(self.ranks)
-        if self.open:
-            return f"1 to {ranks[-1]}, the smallest within {self.goal.max_kl:g} nats per token"
-        if ranks[0] != ranks[-1]:
-            return f"{ranks[0]} to {ranks[-1]} by layer"
-        own = self.goal.layer_ranks and "held_out_kl" not in self.measured
-        return f"{ranks[-1]}{' in the mean, by layer' if own else ''}"
+    def open(self) -> bool:
+        """Whether calibration has still to decide on a size: what is planned is the largest."""
+        undecided = self.goal.max_kl is not None or len(self.rope_dims) > 1
+        return undecided and "held_out_kl" not in self.measured
+
+    @property
+    def size_words(self) -> str:
+        """Ranks and rotary width in a few words."""
+        ranks, widths = sorted(self.ranks), self.rope_dims
+        words = f"{ranks[0]} to {ranks[-1]} by layer" if ranks[0] != ranks[-1] else f"{ranks[-1]}"
+        rope = f"rope {self.target.qk_rope_head_dim}"
+        if "held_out_kl" in self.measured:
+            return f"rank {words}, {rope}"
+        if len(widths) > 1:
+            rope = f"rope {', '.join(map(str, widths[:-1]))} or {widths[-1]}, by calibration"
+        if self.goal.max_kl is not None:
+            limit = f"the smallest within {self.goal.max_kl:g} nats per token"
+            if len(widths) > 1:
+                return f"{rope}, and a rank, {limit}"
+            return f"rank 1 to {ranks[-1]}, {limit}, {rope}"
+        mean = " in the mean, by layer" if self.goal.layer_ranks else ""
+        if len(widths) > 1:
+            return f"{self.target.cache_width} numbers{mean}: {rope}, the rest rank"
+        return f"rank {words}{mean}, {rope}"
 
     @property
     def cache_ratio(self) -> float:
@@ -223,6 +241,7 @@ def make_plan(
         source_layer=source,
         layers=layers,
         tensors=tensors,
+        source_nbytes=sum(checkpoint.nbytes(name) for name in checkpoint.names),
         source_cache_bytes=itemsize * sum(layer.cache_width for layer in model.layers),
         mha_cache_bytes=itemsize
         * sum(
@@ -247,10 +266,17 @@ def _left_out(checkpoint: Checkpoint, model: ModelSpec) -> list[str]:
     return ["layers that predict further tokens (num_nextn_predict_layers) are left out"]
 
 
-def resized(plan: ConversionPlan, ranks: Sequence[int]) -> ConversionPlan:
-    """The plan with the ranks that calibration decided on; its hash stays, it names the goal."""
+def resized(plan: ConversionPlan, ranks: Sequence[int], rope_dim: int) -> ConversionPlan:
+    """The plan with the sizes that calibration decided on; its hash stays, it names the goal."""
     family, itemsizes = FAMILIES[plan.model_type], dict(DTYPES.values())
-    layers = with_ranks(plan.layers, ranks)
+    layers = tuple(
+        layer
+        if layer.qk_rope_head_dim == rope_dim
+        else replace(
+            layer, qk_rope_head_dim=rope_dim, rope=layer.rope and narrowed(layer.rope, rope_dim)
+        )
+        for layer in with_ranks(plan.layers, ranks)
+    )
     shapes = {
         family.attention_prefix(index) + name: shape
         for index, layer in enumerate(layers)

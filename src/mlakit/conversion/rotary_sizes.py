@@ -1,18 +1,53 @@
-"""Which rotary widths and folds a method can keep, and refusals that name the nearest two.
+"""Which rotary widths and folds a method can keep, and among which calibration chooses.
 
 No torch here.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import TYPE_CHECKING, Literal
 
+from mlakit.engines.targets import TARGETS
 from mlakit.errors import UsageError
 from mlakit.spec import AttentionSpec, RopeSpec
+
+if TYPE_CHECKING:
+    from mlakit.conversion.budget import Goal
 
 SCALE_FREE_ROPE = ("default", "linear", "llama3")
 """Scaling rules that look at a frequency alone: every c-th one of dimension d is then the schedule
 of dimension d/c. YaRN ramps over the index of a frequency, so its schedules do not nest."""
+
+SIXTEENTHS = (4, 6, 8)
+"""Of the cache that is kept, the shares that rotary widths to choose from have. The best one lay
+between a quarter and half of it; with half of the whole cache every rotation is kept."""
+
+SIXTEENTHS_OF_ALL = (1, 2, 4, 8)
+"""The same of what the source caches, where the size is what is looked for."""
+
+
+def open_sizes(source: AttentionSpec, goal: Goal) -> tuple[int, ...]:
+    """The rotary widths that calibration chooses from, ascending; none where that is settled.
+
+    They are shares of the cache, rounded down to multiples of half of what turns in a head (of 2
+    where that is more), and what turns in a head itself. A layout without a matrix per head for
+    its queries gets at most two heads of them: its query projection grows with each.
+    """
+    settled = goal.qk_rope_head_dim is not None or goal.kv_lora_rank is not None
+    engine, full, head = TARGETS[goal.engine], source.cache_width, source.rotary_dim
+    if settled or not goal.has("downstream") or source.kv_lora_rank is not None:
+        return ()
+    if engine.sizes(source) is not None:
+        return ()
+    ratio = 1.0 if goal.max_kl is not None else goal.cache_ratio or 0.0
+    width = math.floor(min(ratio, 1.0) * full + 1e-9)
+    most = min(head * (source.num_key_value_heads if engine.query_up else 2), width - 1)
+    step, found = max(2, head // 4 * 2), {head}
+    for share in SIXTEENTHS if goal.max_kl is None else SIXTEENTHS_OF_ALL:
+        size = min(width * share // 16, most)
+        found.add(size - size % (step if size >= step else 2))
+    return tuple(sorted(size for size in found if 2 <= size <= most)) or (2,) * (width > 2)
 
 
 def freqfold_choices(head_dim: int, rope_dim: int) -> list[int]:

@@ -22,7 +22,7 @@ from mlakit.checkpoint import (
 )
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.conversion.adapt import stored_tensors
-from mlakit.conversion.allocate import SEARCH_ROUNDS, Point, next_size, some_of
+from mlakit.conversion.allocate import SEARCH_ROUNDS, Point, all_sizes, next_size, sizes_at, some_of
 from mlakit.conversion.calibrate import layer_weights
 from mlakit.conversion.card import converted_config, model_card
 from mlakit.conversion.factor import (
@@ -125,28 +125,37 @@ class Run:
             return measured | method.measured | self._judged()
         survey = Survey(*common)
         survey.run()
-        return measured | survey.measured | self._sized(survey)
+        return measured | self._sized(survey)
 
     def _sized(self, survey: Survey) -> dict[str, Any]:
-        """Writes the layers at the ranks that the survey speaks for; gives what they lose."""
-        goal, measured = self.plan.goal, dict[str, Any]()
-        if not goal.has("downstream"):
+        """Writes the layers at the sizes that the survey speaks for; gives what they lose."""
+        if not self.plan.goal.has("downstream"):
             self._write_layers(Fit(survey, self.plan))
-            return self._judged()
-        losses = survey.losses()
+            measured = self._judged()
+        else:
+            measured = self._allocated(survey)
+        theta = survey.thetas.get(self.plan.target.qk_rope_head_dim or 0)
+        return measured if theta is None else {**measured, "rope_theta": theta}
+
+    def _allocated(self, survey: Survey) -> dict[str, Any]:
+        """The same where the survey predicts what each size loses."""
+        goal, every = self.plan.goal, survey.losses()
         ranks = TARGETS[goal.engine].ranks(self.plan.source_layer, self.plan.target)
-        sizes = losses.sizes(goal.layer_ranks, ranks)
-        measured["curve"] = [asdict(point) for point in some_of(sizes)]
+        sizes = all_sizes(every, goal.layer_ranks, ranks)
+        measured: dict[str, Any] = {"curve": [asdict(point) for point in some_of(sizes)]}
         if goal.max_kl is not None:
             self._tell(measured)
             measured |= self._search(survey, sizes, goal.max_kl)
         else:
-            if goal.layer_ranks:
-                self.plan = resized(self.plan, losses.measured(sum(self.plan.ranks)))
+            found = sizes_at(every, self.plan.target.cache_width, goal.layer_ranks)
+            if len(found) > 1:
+                measured["rope_dims"] = sorted((p.rope_dim, p.predicted_kl) for p in found)
+            self.plan = resized(self.plan, found[0].ranks, found[0].rope_dim)
             self._tell(measured)
             self._write_layers(Fit(survey, self.plan))
             measured |= self._judged()
-        return {**measured, "predicted_kl": losses.predicted(self.plan.ranks)}
+        own = {losses.rope_dim: losses for losses in every}[self.plan.target.qk_rope_head_dim or 0]
+        return {**measured, "predicted_kl": own.predicted(self.plan.ranks)}
 
     def _search(self, survey: Survey, sizes: list[Point], limit: float) -> dict[str, Any]:
         """Converts until the smallest size within the limit is found and written last.
@@ -178,7 +187,7 @@ class Run:
     def _begin_round(self, number: int, size: Point) -> None:
         self.round = self.work / f"round-{number}"
         self.round.mkdir(exist_ok=True)
-        self.plan = resized(self.plan, size.ranks)
+        self.plan = resized(self.plan, size.ranks, size.rope_dim)
 
     def _refuse(self, found: float, limit: float) -> None:
         """Even the largest size loses more than is allowed: nothing stays."""
@@ -187,12 +196,13 @@ class Run:
         shutil.rmtree(self.work)
         (self.shards.folder / PLAN_NAME).unlink()
         nearest = math.ceil(found * 1e4) / 1e4
+        wider = "" if len(self.plan.rope_dims) > 1 else "a wider --qk-rope-head-dim or "
         raise UsageError(
             f"--max-kl {limit:g} cannot be met: the largest size, rank"
             f" {self.plan.target.kv_lora_rank} + rope {self.plan.target.qk_rope_head_dim}, loses"
             f" {found:.4g} nats per token on held-out calibration text",
             remedy=f"the nearest are --max-kl {nearest:g} and --equal-cache (exact, the source's"
-            " own bytes); a wider --qk-rope-head-dim or more --refine-steps lose less",
+            f" own bytes); {wider}more --refine-steps lose less",
         )
 
     def _tell(self, measured: dict[str, Any]) -> None:

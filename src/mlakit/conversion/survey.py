@@ -3,7 +3,7 @@
 What calibration text cannot say in advance (how far to trust mean phases, which frequencies to
 keep) is tried out: an eighth of the windows enters no statistic, and the choice is the one whose
 output errs least on them. No other text is looked at. What is kept of a layer makes it at any
-rank, and says what each rank will cost.
+rank and at each of a few rotary widths, and says what each will cost.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from mlakit.checkpoint import write_json_atomic
@@ -27,12 +28,13 @@ from mlakit.conversion.card import converted_config
 from mlakit.conversion.closed_form import Axes, Rope
 from mlakit.conversion.factor import AttentionWeights
 from mlakit.conversion.observe import HeldOut, Observer, Statistics, felt_output
-from mlakit.conversion.plan import ConversionPlan, Progress
+from mlakit.conversion.plan import ConversionPlan, Progress, resized
 from mlakit.conversion.rotate import KeptRope
 from mlakit.conversion.sensitivity import Sensitivity
 from mlakit.conversion.stream import LayerReader, Stream
 from mlakit.conversion.student import layer_schedule
 from mlakit.conversion.trial import Trial
+from mlakit.spec import AttentionSpec
 
 SHRINKAGES = (1.0, 0.75, 0.5, 0.25, 0.0)
 """How much of the measured mean phase is taken; tried in this order."""
@@ -47,11 +49,13 @@ class Layer:
     """A source layer and what was seen of it.
 
     Attributes:
+        spec: the layer, in its absorbed form where it is latent.
         importance: the metric of its output.
         felt: ``felt_output`` in this metric.
     """
 
     index: int
+    spec: AttentionSpec
     weights: AttentionWeights
     statistics: Statistics
     held_out: list[HeldOut]
@@ -65,10 +69,19 @@ class Layer:
         """``closed_form.key_moment``."""
         return closed_form.key_moment(self.weights, self.statistics)
 
+    @cached_property
+    def value_metric(self) -> torch.Tensor:
+        """``closed_form.value_metric``."""
+        return closed_form.value_metric(self.statistics, self.spec, self.weights, self.felt)
+
+    def trial(self) -> Trial:
+        """Its held-out windows, ready for candidates."""
+        return Trial(self.weights, self.spec, self.factor, self.held_out)
+
 
 @dataclass(frozen=True)
 class Surveyed:
-    """What is kept of a layer: its rotations, its axes, and what was measured on the way."""
+    """What is kept of a layer at one rotary width: its rotations, its axes, what was measured."""
 
     rope: Rope
     axes: Axes
@@ -80,7 +93,7 @@ class Survey:
 
     Args:
         reader: the source.
-        plan: rotary size, parts of the method.
+        plan: rotary widths, parts of the method.
         windows: token ids ``[windows, T]``.
         work: folder for what is found, and what a later start can use.
         progress: told about every layer.
@@ -102,32 +115,40 @@ class Survey:
         self.count = len(plan.layers)
         self.fitted = len(split_held_out(windows)[0])
         self.stream = Stream(work, "source", windows, reader, batch_size(windows.shape[1]))
-        self.config = converted_config(reader.checkpoint.config, plan, reader.spec, 0)
+        self.configs = {
+            rope_dim: converted_config(
+                reader.checkpoint.config, resized(plan, plan.ranks, rope_dim), reader.spec, 0
+            )
+            for rope_dim in plan.rope_dims
+        }
         self.sensitivity: Sensitivity | None = None
         if self.goal.has("downstream"):
             seed = plan.calibration.seed if plan.calibration else 0
             fitted = windows[: self.fitted]
             self.sensitivity = Sensitivity(reader, fitted, work, seed, progress)
-        self.measured: dict[str, Any] = {}
+        self.thetas: dict[int, float] = {}
 
     def run(self) -> None:
         """Looks at the layers that are not surveyed yet, in order."""
         if self.sensitivity is not None:
             self.sensitivity.collect()
-        theta = self._choose_theta()
-        done = [self._path(index).exists() for index in range(self.count)]
+        self._choose_thetas()
+        done = [
+            all(self._path(index, rope_dim).exists() for rope_dim in self.configs)
+            for index in range(self.count)
+        ]
         start = done.index(False) if False in done else self.count
         for index in range(self.stream.start(start) if start < self.count else start, self.count):
             self.progress("survey", index, self.count)
-            self._store(index, self._survey(self._observe(index), theta))
+            self._survey(self._observe(index))
             self.stream.inputs(index).remove()
         self.stream.inputs(self.count).remove()
         self.progress("survey", self.count, self.count)
 
-    def layer(self, index: int) -> Surveyed:
+    def layer(self, index: int, rope_dim: int) -> Surveyed:
         """What was kept of a layer."""
-        found = load_file(self._path(index))
-        facts = json.loads(self._path(index).with_suffix(".json").read_text())
+        path = self._path(index, rope_dim)
+        found, facts = load_file(path), json.loads(path.with_suffix(".json").read_text())
         part = {  # copied: complex numbers call for a stricter alignment than the file's
             name: tensor.clone().to(self.reader.device) for name, tensor in found.items()
         }
@@ -135,83 +156,81 @@ class Survey:
             torch.view_as_complex(part[name]) for name in ("mix", "spread", "gain", "dropped")
         )
         kept = KeptRope(part["source"], mix, spread, part["frequencies"])
-        mean = (part["mean"], part["latent_mean"]) if "mean" in part else None
-        axes = Axes(part["energy"], part["down"], part["key_up"], part["value_up"], mean)
+        metric = (part["key_metric"], part["value_metric"])
+        axes = Axes(part["energy"], part["rows"], metric, part.get("centre"))
         return Surveyed(Rope(kept, gain, dropped), axes, facts)
 
-    def losses(self) -> Losses:
-        """What each layer loses at any rank, in nats."""
-        rotations, axes = [], []
-        for index in range(self.count):
-            layer = self.layer(index)
-            rotations.append(layer.facts["rope_kl"])
-            axes.append(tuple((layer.axes.energy / 2).tolist()))
-        return Losses(
-            tuple(rotations),
-            tuple(axes),
-            self.plan.target.qk_rope_head_dim or 0,
-            self.plan.source_layer.cache_width,
-        )
+    def losses(self) -> list[Losses]:
+        """What each layer loses at any rank, in nats; of every rotary width, ascending."""
+        every = []
+        for rope_dim in self.configs:
+            rotations, axes = [], []
+            for index in range(self.count):
+                path = self._path(index, rope_dim)
+                rotations.append(json.loads(path.with_suffix(".json").read_text())["rope_kl"])
+                with safe_open(path, "pt") as file:
+                    axes.append(tuple((file.get_tensor("energy") / 2).tolist()))
+            full = self.plan.source_layer.cache_width
+            every.append(Losses(tuple(rotations), tuple(axes), rope_dim, full))
+        return every
 
-    def _store(self, index: int, found: Surveyed) -> None:
+    def _store(self, path: Path, found: Surveyed) -> None:
         kept, axes, rope = found.rope.kept, found.axes, found.rope
         tensors = {"source": kept.source, "frequencies": kept.frequencies}
-        tensors |= {"energy": axes.energy, "down": axes.down}
-        tensors |= {"key_up": axes.key_up, "value_up": axes.value_up}
+        tensors |= {"energy": axes.energy, "rows": axes.rows}
+        tensors |= dict(zip(("key_metric", "value_metric"), axes.metric, strict=True))
         complex_ones = {"mix": kept.mix, "spread": kept.spread}
         complex_ones |= {"gain": rope.gain, "dropped": rope.dropped}
         for name, value in complex_ones.items():
             tensors[name] = torch.view_as_real(value.resolve_conj())
-        if axes.mean is not None:
-            tensors["mean"], tensors["latent_mean"] = axes.mean
-        write_json_atomic(self._path(index).with_suffix(".json"), found.facts)
+        if axes.centre is not None:
+            tensors["centre"] = axes.centre
+        write_json_atomic(path.with_suffix(".json"), found.facts)
         data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        with atomic_file(self._path(index), len(data)) as file:
+        with atomic_file(path, len(data)) as file:
             file.write(data)
 
-    def _path(self, index: int) -> Path:
-        return self.work / f"survey-{index:05d}.safetensors"
+    def _path(self, index: int, rope_dim: int) -> Path:
+        return self.work / f"survey-{index:05d}-{rope_dim}.safetensors"
 
-    def _survey(self, layer: Layer, theta: float | None) -> Surveyed:
-        """Chooses a layer's rotations, then the axes of what is left."""
-        schedules: list[torch.Tensor | None] = [layer_schedule(self.config, layer.index, theta)]
-        if self.goal.has("frequencies"):
-            schedules = [None, *schedules]
-        rope, facts = self.choose_rope(layer, schedules)
-        facts |= {
-            "frequencies": rope.kept.frequencies.tolist(),
-            "variance": layer.statistics.output,
-        }
-        return Surveyed(rope, self._axes(layer, rope), facts)
+    def _survey(self, layer: Layer) -> None:
+        """Chooses a layer's rotations, at every width, then the axes of what is left."""
+        trial, variance, chosen = layer.trial(), layer.statistics.output, {}
+        for rope_dim, config in self.configs.items():
+            schedule = layer_schedule(config, layer.index, self.thetas.get(rope_dim))
+            schedules = [None, schedule] if self.goal.has("frequencies") else [schedule]
+            chosen[rope_dim] = self.choose_rope(layer, trial, rope_dim, schedules)
+        del trial
+        for rope_dim, (rope, facts) in chosen.items():
+            turns = rope.kept.frequencies.tolist()
+            facts |= {"frequencies": turns, "variance": variance}
+            found = Surveyed(rope, self._axes(layer, rope), facts)
+            self._store(self._path(layer.index, rope_dim), found)
 
     def _axes(self, layer: Layer, rope: Rope) -> Axes:
         weights, has = layer.weights, self.goal.has
-        spec = self.reader.spec.layers[layer.index].absorbed
         keys, seen = closed_form.unrotated_keys(weights, rope.kept), layer.statistics
         moment = seen.attended if has("tokens") else seen.inputs
         if has("metric"):
-            metric = (
-                closed_form.key_metric(seen, spec, rope.dropped),
-                closed_form.value_metric(seen, spec, weights, layer.felt),
-            )
+            keys_felt = closed_form.key_metric(seen, layer.spec, rope.dropped)
+            metric = (keys_felt, layer.value_metric)
         else:
             rope_dim, groups = len(rope.kept.frequencies) * 2, len(weights.k)
             metric = closed_form.balance_metric(keys, weights.values, moment, rope_dim, groups)
-        bias = spec.kv_bias and weights.normed is None
-        return closed_form.output_axes(
-            keys, weights.values, moment, metric, centred=has("means"), bias=bias
-        )
+        return closed_form.output_axes(keys, weights.values, moment, metric, centred=has("means"))
 
     def choose_rope(
-        self, layer: Layer, schedules: Sequence[torch.Tensor | None]
+        self,
+        layer: Layer,
+        trial: Trial,
+        rope_dim: int,
+        schedules: Sequence[torch.Tensor | None],
     ) -> tuple[Rope, dict[str, Any]]:
         """The rotations to keep, judged by the held-out error before any rank is cut."""
         best, chosen = float("inf"), None
-        spec = self.reader.spec.layers[layer.index].absorbed
-        trial = Trial(layer.weights, spec, layer.factor, layer.held_out)
         for schedule in schedules:
             for shrinkage in SHRINKAGES if self.goal.has("phase") else (0.0,):
-                rope = self._rope(layer, schedule, shrinkage)
+                rope = self._rope(layer, rope_dim, schedule, shrinkage)
                 error = trial.error(rope, layer.importance)
                 if error < best:
                     best, chosen = error, (rope, shrinkage)
@@ -235,6 +254,7 @@ class Survey:
         self.stream.run(index, model)
         return Layer(
             index,
+            spec,
             weights,
             observer.statistics(),
             observer.held_out,
@@ -244,39 +264,47 @@ class Survey:
             factor,
         )
 
-    def _choose_theta(self) -> float | None:
-        """The base of the schedule that errs least over all layers, for layouts that have one."""
+    def _choose_thetas(self) -> None:
+        """For layouts of one schedule, of each width: the base that errs least over all layers."""
         if self.goal.has("frequencies") or not self.goal.has("theta"):
-            return None
+            return
         if self.reader.family.rope_by_type:
-            return None  # it has several bases
+            return  # it has several bases
         record = self.work / "theta.json"
         if not record.exists():
-            source = self.config["rope_parameters"]["rope_theta"]
-            thetas = [float(f"{source**power:.4g}") for power in THETA_POWERS]
-            errors = dict.fromkeys(thetas, 0.0)
-            name = "rope_error" if self.sensitivity is None else "rope_kl"
-            for index in range(self.stream.start(0), self.count):
-                self.progress("theta", index, self.count)
-                layer = self._observe(index)
-                for theta in thetas:
-                    _, facts = self.choose_rope(layer, [layer_schedule(self.config, index, theta)])
-                    errors[theta] += facts[name] / self.count
-                self.stream.inputs(index).remove()
-            write_json_atomic(record, {str(theta): error for theta, error in errors.items()})
+            write_json_atomic(record, self._try_thetas())
             self.progress("theta", self.count, self.count)
-        found = {float(theta): error for theta, error in json.loads(record.read_text()).items()}
-        self.measured["rope_theta"] = min(found, key=lambda theta: found[theta])
-        return float(self.measured["rope_theta"])
+        for rope_dim, errors in json.loads(record.read_text()).items():
+            self.thetas[int(rope_dim)] = float(min(errors, key=lambda theta: errors[theta]))
 
-    def _rope(self, layer: Layer, schedule: torch.Tensor | None, shrinkage: float) -> Rope:
+    def _try_thetas(self) -> dict[int, dict[float, float]]:
+        """The mean error over layers of every rotary width and base."""
+        name = "rope_error" if self.sensitivity is None else "rope_kl"
+        source = next(iter(self.configs.values()))["rope_parameters"]["rope_theta"]
+        thetas = [float(f"{source**power:.4g}") for power in THETA_POWERS]
+        found = {rope_dim: dict.fromkeys(thetas, 0.0) for rope_dim in self.configs}
+        for index in range(self.stream.start(0), self.count):
+            self.progress("theta", index, self.count)
+            layer = self._observe(index)
+            trial = layer.trial()
+            for rope_dim, errors in found.items():
+                for theta in thetas:
+                    schedule = layer_schedule(self.configs[rope_dim], index, theta)
+                    _, facts = self.choose_rope(layer, trial, rope_dim, [schedule])
+                    errors[theta] += facts[name] / self.count
+            self.stream.inputs(index).remove()
+        return found
+
+    def _rope(
+        self, layer: Layer, rope_dim: int, schedule: torch.Tensor | None, shrinkage: float
+    ) -> Rope:
         return closed_form.choose_rope(
             layer.weights,
             layer.statistics,
             layer.key_moment,
             layer.frequencies,
             layer.factor,
-            self.plan.target.qk_rope_head_dim or 0,
+            rope_dim,
             schedule=None if schedule is None else schedule.to(self.reader.device),
             shrinkage=shrinkage,
             unitary=self.goal.has("unitary"),

@@ -39,6 +39,7 @@ class Target:
         q_bias: queries may have a bias; likewise ``latent_bias`` of what is cached and ``o_bias``.
         frequencies: each layer may have rotary frequencies of its own.
         layer_ranks: each layer may have a rank of its own.
+        query_up: nope and rope queries may be made of the source's own by a matrix per head.
         qk_norm: norms on queries and keys.
         softcap: soft-capped scores.
         window: sliding windows.
@@ -58,6 +59,7 @@ class Target:
     o_bias: bool = False
     frequencies: bool = False
     layer_ranks: bool = False
+    query_up: bool = False
     qk_norm: bool = False
     softcap: bool = False
     window: bool = False
@@ -148,6 +150,7 @@ TARGETS: dict[str, Target] = {
             o_bias=True,
             frequencies=True,
             layer_ranks=True,
+            query_up=True,
             qk_norm=True,
             softcap=True,
             window=True,

@@ -68,7 +68,7 @@ def _work_files(size: Dimensions, *, survey: bool, sensed: bool, refined: bool) 
     states, keys = 4 * size.hidden * size.tokens, size.width // 2
     found = 2 * states + 8 * keys**2 * size.layers
     if survey:
-        found += 8 * size.width * (size.width + size.hidden) * size.layers
+        found += 8 * (size.width**2 + keys**2) * len(size.ropes) * size.layers
     if sensed:
         tokens = min(size.tokens, SENSITIVITY_TOKENS)
         found += 4 * size.hidden * ((size.layers + 2) * tokens + size.layers * size.hidden)

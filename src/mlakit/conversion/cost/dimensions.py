@@ -22,6 +22,8 @@ class Dimensions:
     Attributes:
         layers: how many.
         query: rows of the queries, ``H d``.
+        rope: R of the largest layer that may be written.
+        ropes: every R that is looked at.
         width: of keys and values together, ``2 G d``.
         source: matrix entries of the source's attention.
         shared: of them those of queries, keys and values.
@@ -41,6 +43,7 @@ class Dimensions:
     groups: int
     head: int
     rope: int
+    ropes: tuple[int, ...]
     rank: int
     query: int
     width: int
@@ -79,6 +82,7 @@ def dimensions(plan: ConversionPlan, model: ModelSpec, device: str) -> Dimension
         groups=seen.num_key_value_heads,
         head=seen.head_dim,
         rope=target.qk_rope_head_dim or 0,
+        ropes=plan.rope_dims,
         rank=target.kv_lora_rank or 0,
         query=source.num_attention_heads * seen.head_dim,
         width=2 * seen.num_key_value_heads * seen.head_dim,

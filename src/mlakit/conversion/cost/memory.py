@@ -110,11 +110,11 @@ def _sensing(size: Dimensions) -> Parts:
 
 
 def _writing(size: Dimensions) -> Parts:
+    cut = 8 * (2 * size.width * size.hidden + 6 * size.width**2) if size.tokens else 0
     axes = 8 * size.width * (size.hidden + size.width) if size.tokens else 0
     return {
         "float64 weights": 8 * size.source,
-        "axes": axes,
-        "converted layer": 2 * 8 * size.target,
+        "axes to be cut, or cut and the converted layer": max(cut, axes + 2 * 8 * size.target),
     }
 
 

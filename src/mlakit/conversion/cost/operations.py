@@ -31,7 +31,7 @@ PASSES = 1 / 6
 """Of the measured speed of an addition, what exponentials, masks and complex numbers get."""
 
 CANDIDATES = 10
-"""Rotations that are tried per layer: five shrinkages, two schedules."""
+"""Rotations that are tried per layer and rotary width: five shrinkages, two schedules."""
 
 LAYER_SECONDS = 0.4
 """Building modules and configs of one layer, a few times."""
@@ -98,26 +98,31 @@ def _attention(size: Dimensions, key: int, copies: int = 2) -> Work:
 
 
 def survey(size: Dimensions, passes: int) -> Work:
-    """The source's forward with its statistics, the choice of rotations, the axes."""
+    """The source's forward with its statistics; of every width rotations and axes; one cut."""
     fitted, row = size.tokens - size.held_out, size.hidden + 1
     seen = Work(float32=2 * size.shared + 4 * row**2 + 4 * size.query * size.head)
     seen += _attention(size, 2 * size.head, copies=16)
-    tried = Work(float32=2 * size.query * size.hidden + 2 * size.hidden**2)
-    tried += _attention(size, size.head + size.rope, copies=10)
+    tried = Work()
+    for rope in size.ropes:
+        tried += Work(float32=2 * size.query * size.hidden + 2 * size.hidden**2)
+        tried += _attention(size, size.head + rope, copies=10)
     keys, width = size.width // 2, size.width
-    algebra = Work(
-        float64=2 * keys * row**2
-        + 2 * size.query * size.hidden * (size.query + size.hidden)
-        + 2 * width * row**2
-        + 4 * width**2 * row
-        + 2 * (4 + 9 / 2) * width**3
-        + 9 * keys**3,
-        passed=8 * 10 * (size.source + width * row),
-        written=8 * width * (row + width),
+    shared = Work(
+        float64=2 * keys * row**2 + 2 * size.query * size.hidden * (size.query + size.hidden),
+        passed=8 * 10 * size.source,
+    )
+    axes = Work(
+        float64=2 * width * row**2 + 4 * width**2 * row + 13 * width**3 + 9 * keys**3,
+        passed=8 * 6 * width * row,
+        written=8 * (width**2 + keys**2),
+    )
+    cut = Work(
+        float64=2 * width**2 * row + 4 * width**3 + 9 * keys**3, passed=8 * 4 * width * row
     )
     read = Work(written=4 * size.hidden).times(size.tokens)
     once = forward(size).times(size.tokens) + seen.times(fitted) + read
-    return once.times(passes) + tried.times(CANDIDATES * size.held_out) + algebra
+    chosen = tried.times(CANDIDATES * size.held_out) + axes.times(len(size.ropes))
+    return once.times(passes) + chosen + shared + cut
 
 
 def moments(size: Dimensions, folds: int) -> Work:
@@ -154,7 +159,7 @@ def refinement(size: Dimensions, steps: int) -> Work:
 
 
 def writing(size: Dimensions) -> Work:
-    """The tensors at their rank, the bound of the latent, the shard, and the held-out windows."""
+    """The tensors at their sizes, the bound of the latent, the shard, and the held-out windows."""
     algebra = Work(
         float64=2 * size.query * size.rope * size.hidden
         + 4 * size.query * size.head * size.rank
