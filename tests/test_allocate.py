@@ -16,9 +16,18 @@ from hypothesis import strategies as st
 
 import mlakit
 from mlakit.checkpoint import open_checkpoint
-from mlakit.conversion.allocate import SEARCH_ROUNDS, Losses, next_size, some_of
+from mlakit.conversion.allocate import (
+    CLEARLY,
+    SEARCH_ROUNDS,
+    Losses,
+    all_sizes,
+    next_size,
+    sizes_at,
+    some_of,
+)
 from mlakit.conversion.apply import convert
 from mlakit.conversion.budget import Goal
+from mlakit.conversion.card import size_words
 from mlakit.errors import UsageError
 from mlakit.families import read_model
 from mlakit.inspection import inspect
@@ -56,22 +65,51 @@ def test_ranks_of_large_layers_are_multiples_of_16() -> None:
     ranks = losses(steep, flat, full=256, rope=32).measured(2 * 100)
     assert ranks == (16, 176)  # 200 numbers hold twelve whole steps
     assert losses(steep, flat, full=256, rope=8).measured(2 * 248) == (248, 248)
-    assert losses(steep, flat, full=256, rope=32).sizes(measured=False, allowed=None)[-1].ranks == (
-        224,
-        224,
-    )
+    found = losses(steep, flat, full=256, rope=32)
+    assert all_sizes([found], measured=False, allowed=None, own=32)[-1].ranks == (224, 224)
+    narrow = sizes_at([found], 32 + 7, measured=True, own=32)
+    assert narrow[0].ranks == (7, 7)  # no more cache than was asked for
 
 
 def test_a_curve_falls_and_has_a_dozen_points() -> None:
     found = losses(*(tuple(1.0 / (i + 1) for i in range(60)) for _ in range(3)), full=64, rope=4)
-    points = some_of(found.sizes(measured=True, allowed=None))
+    points = some_of(all_sizes([found], measured=True, allowed=None, own=4))
     assert len(points) == 12
     kl = [point.predicted_kl for point in points]
     assert kl == sorted(kl, reverse=True)
     assert points[-1].cache_ratio == 1
     assert kl[-1] == pytest.approx(1.5)  # the dropped rotations
-    engine = found.sizes(measured=False, allowed=[8, 28])
+    engine = all_sizes([found], measured=False, allowed=[8, 28], own=4)
     assert [point.ranks for point in engine] == [(8, 8, 8), (28, 28, 28)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    axes=st.lists(st.lists(descending, min_size=2, max_size=2), min_size=1, max_size=3),
+    dropped=st.lists(st.floats(0, 5), min_size=3, max_size=3),
+    measured=st.booleans(),
+)
+def test_of_several_rotary_widths_the_best_is_taken(
+    axes: list[list[tuple[float, ...]]], dropped: list[float], measured: bool
+) -> None:
+    """No width loses clearly less, and by none but the source's own is the best one passed over."""
+    every = [
+        Losses((dropped[i],) * 2, tuple(layers), rope, 8)
+        for i, (rope, layers) in enumerate(zip((2, 4, 6), axes))
+    ]
+    sizes = all_sizes(every, measured, None, own=4)
+    assert sizes[-1].cache_ratio == 1
+    for width, size in zip(range(3, 9), sizes, strict=True):
+        each = [losses.at(width, measured) for losses in every]
+        fitting = [point for point in each if point is not None]
+        least = min(point.predicted_kl for point in fitting)
+        assert size.predicted_kl <= (least * CLEARLY if size.rope_dim == 4 else least)
+        own = [point for point in fitting if point.rope_dim == 4]
+        assert not own or size.predicted_kl <= own[0].predicted_kl
+        assert size == sizes_at(every, width, measured, own=4)[0] and size in fitting
+        assert sum(size.ranks) + 2 * size.rope_dim <= 2 * width
+    kl = [size.predicted_kl for size in sizes]
+    assert all(later <= CLEARLY * earlier + 1e-9 for earlier, later in itertools.pairwise(kl))
 
 
 @settings(max_examples=200, deadline=None)
@@ -171,7 +209,7 @@ def test_who_gets_ranks_of_their_own() -> None:
 
 @pytest.mark.parametrize("ranks", ["even", "measured"])
 def test_a_loss_that_is_asked_for_is_met(tiny: Path, tmp_path: Path, ranks: str) -> None:
-    largest = converted(tiny, tmp_path / "full", cache_ratio=1.0, ranks=ranks)
+    largest = converted(tiny, tmp_path / "full", cache_ratio=0.9, ranks=ranks)
     smallest = converted(tiny, tmp_path / "least", kv_lora_rank=1)
     limit = math.sqrt(largest.measured["held_out_kl"] * smallest.measured["held_out_kl"])
     plan = converted(tiny, tmp_path / "out", max_kl=limit, ranks=ranks)
@@ -192,12 +230,14 @@ def test_a_loss_that_is_asked_for_is_met(tiny: Path, tmp_path: Path, ranks: str)
 
 def test_a_loss_out_of_reach_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be met") as refusal:
-        converted(tiny, tmp_path / "out", max_kl=1e-9)
+        converted(tiny, tmp_path / "out", max_kl=1e-9, qk_rope_head_dim=8)
     assert "--max-kl" in str(refusal.value.remedy) and "--equal-cache" in str(refusal.value.remedy)
     assert not list((tmp_path / "out").iterdir())
     nearest = float(str(refusal.value.remedy).split("--max-kl ")[1].split()[0])
-    plan = converted(tiny, tmp_path / "out", max_kl=nearest)
+    plan = converted(tiny, tmp_path / "out", max_kl=nearest, qk_rope_head_dim=8)
     assert plan.measured["held_out_kl"] <= nearest
+    exact = converted(tiny, tmp_path / "exact", max_kl=1e-9)  # with all rotations kept
+    assert exact.target.qk_rope_head_dim == 16 and exact.measured["held_out_kl"] <= 1e-9
 
 
 class Killed(Exception):
@@ -239,5 +279,6 @@ def test_a_run_killed_in_any_phase_ends_in_the_same_bits(
 
 def test_a_plan_says_what_is_open(tiny: Path) -> None:
     plan = convert(tiny, "", max_kl=0.3, dry_run=True, calibration=tiny.parent / "text.txt")
-    assert plan.open and "smallest within 0.3 nats" in plan.rank_words
+    assert plan.open and "smallest within 0.3 nats" in size_words(plan)
+    assert "rope 2, 4, 8 or 16, by calibration" in size_words(plan)
     assert not any("full rank" in warning for warning in plan.warnings)

@@ -18,7 +18,12 @@ from hypothesis import strategies as st
 from mlakit.checkpoint import open_checkpoint
 from mlakit.conversion.budget import Goal, target_layer
 from mlakit.conversion.plan import make_plan
-from mlakit.conversion.rotary_sizes import SCALE_FREE_ROPE, freqfold_candidates, freqfold_choices
+from mlakit.conversion.rotary_sizes import (
+    SCALE_FREE_ROPE,
+    freqfold_candidates,
+    freqfold_choices,
+    open_sizes,
+)
 from mlakit.errors import MlakitError, UsageError
 from mlakit.spec import AttentionSpec, RopeSpec
 from tiny_models import TEXT, save_tiny
@@ -38,10 +43,11 @@ FULL = 2 * 2 * 64  # numbers the source caches per token
 @pytest.mark.parametrize(
     "goal,rank,rope",
     [
-        (Goal(cache_ratio=0.5), 64, 64),
+        (Goal(cache_ratio=0.5, qk_rope_head_dim=64), 64, 64),
+        (Goal(cache_ratio=0.5, engine="llama.cpp", without=("metric",)), 64, 64),
         (Goal(cache_ratio=0.5, qk_rope_head_dim=32), 96, 32),
-        (Goal(cache_ratio=1.0), 192, 64),
-        (Goal(cache_ratio=0.3), 12, 64),
+        (Goal(cache_ratio=1.0, qk_rope_head_dim=64), 192, 64),
+        (Goal(cache_ratio=0.3, **PUBLISHED), 12, 64),
         (Goal(kv_lora_rank=1), 1, 64),
         (Goal(kv_lora_rank=192), 192, 64),
         (Goal(kv_lora_rank=16, qk_rope_head_dim=2, method="transmla", freqfold=32), 16, 2),
@@ -53,6 +59,7 @@ FULL = 2 * 2 * 64  # numbers the source caches per token
 )
 def test_goals_that_can_be_met(goal: Goal, rank: int, rope: int) -> None:
     target = target_layer(SOURCE, goal)
+    assert open_sizes(SOURCE, goal) == () and not target.query_up
     assert (target.kv_lora_rank, target.qk_rope_head_dim) == (rank, rope)
     assert target.kind == "mla" and target.softmax_scale == SOURCE.softmax_scale
     assert target.rope is not None and target.rope.width == (rope if goal.form != "article" else 64)
@@ -65,8 +72,10 @@ def test_goals_that_can_be_met(goal: Goal, rank: int, rope: int) -> None:
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"cache_ratio": 0.2}, "keeps 51 of 256"),
+        ({"cache_ratio": 0.2, **PUBLISHED}, "keeps 51 of 256"),
+        ({"cache_ratio": 0.2, "qk_rope_head_dim": 64}, "keeps 51 of 256"),
         ({"cache_ratio": 0.001}, "keeps 0 of 256"),
+        ({"cache_ratio": 0.008}, "keeps 2 of 256"),
         ({"cache_ratio": 1.5}, "not between 0 and 1"),
         ({"cache_ratio": 0.0}, "not between 0 and 1"),
         ({"cache_ratio": 0.5, "qk_rope_head_dim": 48, **PUBLISHED}, "divide the head size 64"),
@@ -129,6 +138,63 @@ def test_any_ratio_is_met_from_below_or_refused(ratio: float, rope_dim: int) -> 
         assert ratio * FULL < rope_dim + 1
     else:
         assert ratio * FULL - 1 < target.cache_width <= ratio * FULL + 1e-6
+
+
+@pytest.mark.parametrize(
+    "shape,goal,expected",
+    [
+        ((8, 128), {"cache_ratio": 0.5}, (128, 256, 384, 512)),
+        ((8, 128), {"cache_ratio": 0.125}, (64, 128)),
+        ((8, 128), {"cache_ratio": 1.0}, (128, 512, 768, 1024)),
+        ((8, 128), {"max_kl": 0.1}, (128, 256, 512, 1024)),
+        ((8, 128), {"cache_ratio": 0.5, "engine": "transformers"}, (128, 256)),
+        ((8, 128), {"cache_ratio": 0.5, "engine": "vllm"}, ()),
+        ((8, 128), {"cache_ratio": 0.5, "method": "transmla"}, ()),
+        ((8, 128), {"cache_ratio": 0.5, "without": ("downstream",)}, ()),
+        ((8, 128), {"kv_lora_rank": 512}, ()),
+        ((2, 64), {"cache_ratio": 0.25}, (16, 24, 32)),  # a head's own leaves no room
+        ((1, 64), {"cache_ratio": 0.75}, (24, 32, 64)),
+    ],
+)
+def test_rotary_widths_to_choose_from(
+    shape: tuple[int, int], goal: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    groups, dim = shape
+    source = replace(SOURCE, num_key_value_heads=groups, head_dim=dim, rope=RopeSpec(1e4, dim))
+    assert open_sizes(source, Goal(**goal)) == expected
+    if expected:
+        found = [target_layer(source, Goal(**goal, qk_rope_head_dim=size)) for size in expected]
+        assert len({layer.cache_width for layer in found}) == 1
+        planned = target_layer(source, Goal(**goal))
+        assert planned.query_up == ("engine" not in goal)
+        assert planned.cache_width == found[0].cache_width
+
+
+@given(
+    st.floats(0.001, 1.0),
+    st.sampled_from([1, 2, 3, 8, 32]),
+    st.sampled_from([4, 6, 10, 64, 128]),
+    st.booleans(),
+    st.sampled_from(["mlakit", "transformers"]),
+)
+def test_rotary_widths_leave_room_and_include_the_heads_own(
+    ratio: float, groups: int, dim: int, partial: bool, engine: str
+) -> None:
+    turning = dim // 4 * 2 if partial else dim
+    rope = RopeSpec(1e4, turning)
+    source = replace(SOURCE, num_key_value_heads=groups, head_dim=dim, rope=rope)
+    for goal in (Goal(cache_ratio=ratio, engine=engine), Goal(max_kl=0.1, engine=engine)):
+        found = open_sizes(source, goal)
+        full = source.cache_width
+        width = full if goal.max_kl else int(ratio * full + 1e-9)
+        assert len(found) <= 5 and list(found) == sorted(set(found))
+        assert bool(found) == (width > 2)
+        for size in found:
+            assert size % 2 == 0 and 2 <= size < width
+            assert size <= max(width // 2, turning) or size == 2
+            assert size <= turning * (groups if engine == "mlakit" else 2)
+            target_layer(source, replace(goal, qk_rope_head_dim=size))
+        assert (turning in found) == (turning < width)
 
 
 def test_freqfold_choices() -> None:

@@ -175,7 +175,7 @@ def _carry_out(
 
 def print_plan(plan: ConversionPlan, console: Console) -> None:
     """A plan in a few lines, with what it needs."""
-    from mlakit.conversion.card import cached_by, domain_list
+    from mlakit.conversion.card import cached_by, domain_list, size_words
 
     source, most = plan.source_layer, "at most " if plan.open else ""
     searched = most if plan.goal.max_kl is not None else ""
@@ -185,7 +185,7 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
         f"{source.kind.upper()}, {source.num_attention_heads} heads on {cached_by(source)},"
         f" {len(plan.layers)} layers",
     )
-    _line(console, "becomes", f"MLA ({plan.target.mla_form}), {plan.size_words}")
+    _line(console, "becomes", f"MLA ({plan.target.mla_form}), {size_words(plan)}")
     _line(
         console,
         "cache per token",

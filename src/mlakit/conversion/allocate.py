@@ -15,6 +15,10 @@ from dataclasses import dataclass
 RANK_STEP = 16
 """Ranks that are chosen here are multiples of this where the source caches 256 numbers or more."""
 
+CLEARLY = 1.1
+"""A head's own rotary width is kept where no other loses less by this factor: predictions of
+different widths are no more exact than that."""
+
 CURVE_POINTS = 12
 SEARCH_ROUNDS = 6
 """Conversions that ``--max-kl`` may take; the last of them is the result."""
@@ -107,20 +111,25 @@ class Losses:
         return self.point([rank] * count)
 
 
-def sizes_at(every: Sequence[Losses], width: int, measured: bool) -> list[Point]:
+def sizes_at(every: Sequence[Losses], width: int, measured: bool, own: int) -> list[Point]:
     """The best size of each rotary width at so many cached numbers per layer; the best one first.
 
     Args:
         every: of each rotary width to choose from; ``width`` leaves one of them a rank.
         width: C + R, in the mean over layers.
         measured: each layer has a rank of its own, and not all the same one.
+        own: what turns in a head of the source.
     """
     found = [point for losses in every if (point := losses.at(width, measured))]
-    return sorted(found, key=lambda point: (point.predicted_kl, point.rope_dim))
+
+    def order(point: Point) -> tuple[float, int]:
+        return point.predicted_kl * (1 if point.rope_dim == own else CLEARLY), point.rope_dim
+
+    return sorted(found, key=order)
 
 
 def all_sizes(
-    every: Sequence[Losses], measured: bool, allowed: Sequence[int] | None
+    every: Sequence[Losses], measured: bool, allowed: Sequence[int] | None, own: int
 ) -> list[Point]:
     """Every size to choose from, ascending; of each width the best one.
 
@@ -128,6 +137,7 @@ def all_sizes(
         every: of each rotary width to choose from.
         measured: each layer has a rank of its own, and not all the same one.
         allowed: the only ranks that an engine takes, beside its one rotary width; None for any.
+        own: what turns in a head of the source.
     """
     if allowed is not None:
         return [every[0].point([rank] * len(every[0].axes)) for rank in allowed]
@@ -136,7 +146,7 @@ def all_sizes(
         for losses in every
         for rank in (*range(losses.step, losses.highest, losses.step), losses.highest)
     }
-    return [sizes_at(every, width, measured)[0] for width in sorted(widths)]
+    return [sizes_at(every, width, measured, own)[0] for width in sorted(widths)]
 
 
 def some_of(sizes: Sequence[Point]) -> list[Point]:

@@ -83,7 +83,7 @@ def converted_config(
 
 def model_card(plan: ConversionPlan) -> str:
     """``README.md`` of the result, in Markdown."""
-    target, source = plan.target, plan.source_layer
+    source = plan.source_layer
     lines = [
         "---",
         "library_name: mlakit",
@@ -101,7 +101,7 @@ def model_card(plan: ConversionPlan) -> str:
         _cache_row("this model", plan.cache_bytes, plan),
         "",
         f"{source.num_attention_heads} query heads on {cached_by(source)} became a latent of"
-        f" {plan.size_words} (`kv_lora_rank`, `qk_rope_head_dim`), stored as {plan.dtype}.",
+        f" {size_words(plan)} (`kv_lora_rank`, `qk_rope_head_dim`), stored as {plan.dtype}.",
         "",
         *_calibration_lines(plan),
         "```python",
@@ -115,6 +115,26 @@ def model_card(plan: ConversionPlan) -> str:
         *(f"Note: {warning}." for warning in plan.warnings),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def size_words(plan: ConversionPlan) -> str:
+    """Ranks and rotary width of the result, and what calibration has still to choose."""
+    ranks, widths, limit = sorted(plan.ranks), plan.rope_dims, plan.goal.max_kl
+    words = f"{ranks[0]} to {ranks[-1]} by layer" if ranks[0] != ranks[-1] else f"{ranks[-1]}"
+    rope = f"rope {plan.target.qk_rope_head_dim}"
+    if "held_out_kl" in plan.measured:
+        return f"rank {words}, {rope}"
+    if len(widths) > 1:
+        rope = f"rope {', '.join(map(str, widths[:-1]))} or {widths[-1]}, by calibration"
+    if limit is not None:
+        smallest = f"the smallest within {limit:g} nats per token"
+        if len(widths) > 1:
+            return f"{rope}, and a rank, {smallest}"
+        return f"rank 1 to {ranks[-1]}, {smallest}, {rope}"
+    mean = " in the mean, by layer" if plan.goal.layer_ranks else ""
+    if len(widths) > 1:
+        return f"{plan.target.cache_width} numbers{mean}: {rope}, the rest rank"
+    return f"rank {words}{mean}, {rope}"
 
 
 def cached_by(source: AttentionSpec) -> str:

@@ -113,26 +113,6 @@ class ConversionPlan:
         return undecided and "held_out_kl" not in self.measured
 
     @property
-    def size_words(self) -> str:
-        """Ranks and rotary width in a few words."""
-        ranks, widths = sorted(self.ranks), self.rope_dims
-        words = f"{ranks[0]} to {ranks[-1]} by layer" if ranks[0] != ranks[-1] else f"{ranks[-1]}"
-        rope = f"rope {self.target.qk_rope_head_dim}"
-        if "held_out_kl" in self.measured:
-            return f"rank {words}, {rope}"
-        if len(widths) > 1:
-            rope = f"rope {', '.join(map(str, widths[:-1]))} or {widths[-1]}, by calibration"
-        if self.goal.max_kl is not None:
-            limit = f"the smallest within {self.goal.max_kl:g} nats per token"
-            if len(widths) > 1:
-                return f"{rope}, and a rank, {limit}"
-            return f"rank 1 to {ranks[-1]}, {limit}, {rope}"
-        mean = " in the mean, by layer" if self.goal.layer_ranks else ""
-        if len(widths) > 1:
-            return f"{self.target.cache_width} numbers{mean}: {rope}, the rest rank"
-        return f"rank {words}{mean}, {rope}"
-
-    @property
     def cache_ratio(self) -> float:
         """Share of the source's own cache bytes that is kept."""
         return self.cache_bytes / self.source_cache_bytes
@@ -393,7 +373,7 @@ def _tensors(
 def kept_tensors(layer: AttentionSpec, goal: Goal) -> frozenset[str]:
     """The source's attention tensors that a target layer keeps as they are."""
     if goal.steps:
-        return frozenset()
+        return frozenset({"q_proj.weight", "q_proj.bias"} if layer.query_up else ())
     kept = {"o_proj.weight"} if goal.has("means") else {"o_proj.weight", "o_proj.bias"}
     if layer.mla_form != "compress" or layer.maps_queries:
         kept |= {"q_proj.weight", "q_proj.bias", "q_a_proj.weight", "q_a_proj.bias"}

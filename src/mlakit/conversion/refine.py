@@ -145,6 +145,8 @@ class Refiner:
         frozen = {"kv_a_layernorm"}
         if self.plan.layers[index].indirect:  # what the latent's bound was computed from
             frozen |= {"q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "kv_proj", "kv_norm"}
+        elif self.plan.layers[index].query_up:  # training it too was measured to gain nothing
+            frozen |= {"q_proj"}
         parts = student.attention.named_parameters()
         return [part for name, part in parts if name.split(".")[0] not in frozen]
 

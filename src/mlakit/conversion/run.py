@@ -141,21 +141,23 @@ class Run:
         """The same where the survey predicts what each size loses."""
         goal, every = self.plan.goal, survey.losses()
         ranks = TARGETS[goal.engine].ranks(self.plan.source_layer, self.plan.target)
-        sizes = all_sizes(every, goal.layer_ranks, ranks)
+        own = self.plan.source_layer.rotary_dim
+        sizes = all_sizes(every, goal.layer_ranks, ranks, own)
         measured: dict[str, Any] = {"curve": [asdict(point) for point in some_of(sizes)]}
         if goal.max_kl is not None:
             self._tell(measured)
             measured |= self._search(survey, sizes, goal.max_kl)
         else:
-            found = sizes_at(every, self.plan.target.cache_width, goal.layer_ranks)
+            found = sizes_at(every, self.plan.target.cache_width, goal.layer_ranks, own)
             if len(found) > 1:
                 measured["rope_dims"] = sorted((p.rope_dim, p.predicted_kl) for p in found)
             self.plan = resized(self.plan, found[0].ranks, found[0].rope_dim)
             self._tell(measured)
             self._write_layers(Fit(survey, self.plan))
             measured |= self._judged()
-        own = {losses.rope_dim: losses for losses in every}[self.plan.target.qk_rope_head_dim or 0]
-        return {**measured, "predicted_kl": own.predicted(self.plan.ranks)}
+        rope_dim = self.plan.target.qk_rope_head_dim
+        chosen = next(losses for losses in every if losses.rope_dim == rope_dim)
+        return {**measured, "predicted_kl": chosen.predicted(self.plan.ranks)}
 
     def _search(self, survey: Survey, sizes: list[Point], limit: float) -> dict[str, Any]:
         """Converts until the smallest size within the limit is found and written last.

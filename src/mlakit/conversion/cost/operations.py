@@ -116,9 +116,7 @@ def survey(size: Dimensions, passes: int) -> Work:
         passed=8 * 6 * width * row,
         written=8 * (width**2 + keys**2),
     )
-    cut = Work(
-        float64=2 * width**2 * row + 4 * width**3 + 9 * keys**3, passed=8 * 4 * width * row
-    )
+    cut = Work(float64=2 * width**2 * row + 4 * width**3 + 9 * keys**3, passed=8 * 4 * width * row)
     read = Work(written=4 * size.hidden).times(size.tokens)
     once = forward(size).times(size.tokens) + seen.times(fitted) + read
     chosen = tried.times(CANDIDATES * size.held_out) + axes.times(len(size.ropes))
