@@ -145,7 +145,8 @@ def test_goals_that_make_no_sense(
 ) -> None:
     source = save(tmp_path / "source", "deepseek_v3")
     with pytest.raises((UsageError, UnsupportedModelError)) as caught:
-        convert(source, tmp_path / "out", calibration=text, **options)
+        goal = options if "equal_cache" in options else {"calibration": text, **options}
+        convert(source, tmp_path / "out", **goal)
     assert all(word in caught.value.message for word in words)
     assert "--equal-cache (exact" not in caught.value.remedy
     assert not (tmp_path / "out").exists()

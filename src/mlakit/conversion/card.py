@@ -249,18 +249,19 @@ def _losses(plan: ConversionPlan) -> list[tuple[str, str]]:
     if len(set(plan.ranks)) > 1:
         found.append(("ranks", f"{', '.join(map(str, plan.ranks))}, where each saves most"))
     if "curve" in measured:
-        several = len({point["rope_dim"] for point in measured["curve"]}) > 1
+        several = len(plan.rope_dims) > 1
         points = ", ".join(
             f"{point['cache_ratio']:.0%}"
             + (f" with rope {point['rope_dim']}" if several else "")
             + f": {point['predicted_kl']:.2g}"
             for point in measured["curve"]
         )
-        found.append(("curve", f"{points} (cache kept: nats per token, {FORESEEN})"))
+        looked = ", at the widths that were looked at" if several else ""
+        found.append(("curve", f"{points} (cache kept: nats per token{looked}, {FORESEEN})"))
     if "rope_dims" in measured:
         tried = ", ".join(f"{width}: {kl:.3g}" for width, kl in measured["rope_dims"])
         chosen = f"{plan.target.qk_rope_head_dim}, of {tried} nats per token at this cache"
-        found.append(("rope", f"{chosen}, {FORESEEN}"))
+        found.append(("rope", f"{chosen}, predicted"))
     if "held_out_kl" in measured:
         kl = f"{measured['held_out_kl']:.4g} nats per token from the source's on held-out"
         kl += " calibration text (KL divergence)"
