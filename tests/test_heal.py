@@ -15,6 +15,7 @@ from mlakit import heal
 from mlakit.healing.report import HealReport
 
 Pair = tuple[Path, Path, Path]
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +103,15 @@ def test_an_ordinary_checkpoint_trains_too(pair: Pair, tmp_path: Path) -> None:
     [
         ("llama", {"equal_cache": True}),
         ("llama", {"equal_cache": True, "form": "article"}),
-        ("qwen2", {"equal_cache": True}),
+        pytest.param("qwen2", {"equal_cache": True}, marks=SLOW),
         ("qwen3", {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "refine_steps": 0}),
         ("gemma2", {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "refine_steps": 0}),
-        ("olmo2", {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "refine_steps": 0}),
-        ("mixtral", {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "refine_steps": 0}),
+        pytest.param(
+            "olmo2", {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "refine_steps": 0}, marks=SLOW
+        ),
+        pytest.param(
+            "mixtral", {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "refine_steps": 0}, marks=SLOW
+        ),
     ],
 )
 def test_families_and_forms(tmp_path: Path, family: str, goal: dict[str, Any]) -> None:

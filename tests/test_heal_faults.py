@@ -32,7 +32,15 @@ class Killed(BaseException):
     """Ends a run as a signal would."""
 
 
-@pytest.mark.parametrize("kind,count", [("step", 1), ("step", 5), ("step", 9), ("check", 2)])
+@pytest.mark.parametrize(
+    "kind,count",
+    [
+        ("step", 5),
+        pytest.param("step", 1, marks=pytest.mark.slow),
+        pytest.param("step", 9, marks=pytest.mark.slow),  # in the control arm
+        pytest.param("check", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_with_the_same_losses(
     pair: Pair, tmp_path: Path, kind: str, count: int
 ) -> None:
@@ -235,6 +243,12 @@ def test_empty_rows_are_reported(pair: Pair, tmp_path: Path) -> None:
     assert f"2 empty rows were passed over, the first is {rows}, line 2" in str(
         report.healed.events
     )
+
+
+def test_a_missing_package_is_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlakit.healing.run.find_spec", lambda name: None)
+    with pytest.raises(MlakitError, match=r"pip install 'mlakit\[heal\]'"):
+        quick_heal(pair, None)
 
 
 def test_a_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:

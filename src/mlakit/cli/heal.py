@@ -228,10 +228,13 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.0f} MiB"
+
+
 def print_forecast(found: Forecast, console: Console) -> None:
     """What a run will take, in a few lines."""
     processes, micro, accumulation = found.batch
-    gib = 2**30
     texts = "; ".join(f"{name}: {n:,} windows, {t:,} tokens count" for name, n, t in found.texts)
     lines = [
         ("data", f"{texts}; windows of {found.window_length:,} tokens"),
@@ -243,16 +246,12 @@ def print_forecast(found: Forecast, console: Console) -> None:
         ),
         (
             "memory",
-            f"about {found.memory_bytes / gib:.2f} GiB per process: weights"
-            f" {found.weights_bytes / gib:.2f}, optimiser {found.optimiser_bytes / gib:.2f},"
-            f" activations {found.activation_bytes / gib:.2f}"
-            + (
-                f"; there are {found.available_bytes / gib:.1f}"
-                if found.available_bytes is not None
-                else ""
-            ),
+            f"about {_size(found.memory_bytes)} per process: weights {_size(found.weights_bytes)},"
+            f" optimiser {_size(found.optimiser_bytes)},"
+            f" activations {_size(found.activation_bytes)};"
+            f" {_size(found.available_bytes)} are free",
         ),
-        ("time", f"about {_clock(found.seconds)} (hours, minutes, seconds), timed on this device"),
+        ("time", f"about {_clock(found.seconds)} from a few steps on this device"),
     ]
     if found.price is not None:
         lines.append(("cost", f"about {found.price:,.2f}"))

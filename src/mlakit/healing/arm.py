@@ -83,7 +83,8 @@ class Arm:
         """Trains to the end; goes on from the last checkpoint where there is one.
 
         Returns:
-            The best state's trained parameters, whole, float32, on the CPU.
+            The best state's trained parameters, whole, float32, on the CPU; in the process that
+            writes.
 
         Raises:
             MlakitError: not even one window fits into memory.
@@ -103,7 +104,7 @@ class Arm:
                 self._react(fault)
                 if last_checkpoint(self.folder, clean=False) is None:
                     put_weights(self.trained, read_tensors(self.folder / FIRST_NAME))
-        return self.best_state()
+        return self.best_state() if journal.writes else {}
 
     def best_state(self) -> dict[str, Tensor]:
         """The trained parameters of the best check."""

@@ -48,7 +48,7 @@ class Forecast:
         weights_bytes: of both models, per process.
         optimiser_bytes: gradients and moments, per process.
         activation_bytes: of a micro batch, logits included, per process.
-        available_bytes: on the device; None where that is not known.
+        available_bytes: free on the device now.
         processes: how many share the work; with FSDP each holds its share of all weights.
         seconds: for all arms.
         price: of that time; None without a price per hour.
@@ -66,7 +66,7 @@ class Forecast:
     weights_bytes: int
     optimiser_bytes: int
     activation_bytes: int
-    available_bytes: int | None
+    available_bytes: int
     processes: int
     seconds: float
     price: float | None
@@ -144,7 +144,7 @@ def forecast(
 
 def _warnings(found: Forecast, recipe: Recipe, material: Material, sharded: int) -> list[str]:
     notes = []
-    if found.available_bytes is not None and found.memory_bytes > found.available_bytes:
+    if found.memory_bytes > found.available_bytes:
         notes.append(
             f"{found.memory_bytes / 2**30:.1f} GiB per process are more than the"
             f" {found.available_bytes / 2**30:.1f} GiB there are: a smaller --micro-batch,"
@@ -253,7 +253,7 @@ def _count(checkpoint: Checkpoint, name: str) -> int:
     return count
 
 
-def _available(device: str) -> int | None:
+def _available(device: str) -> int:
     if device != "cpu":
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -92,8 +92,20 @@ def window_length(recipe: Recipe, context: int) -> int:
     return length
 
 
+def training_sources(recipe: Recipe) -> tuple[Source, ...]:
+    """The texts to train on.
+
+    Raises:
+        UsageError: there are none, or two have one name.
+    """
+    if not recipe.data:
+        raise UsageError("There is nothing to train on", remedy="name a text with --data")
+    return named_sources(list(recipe.data))
+
+
 def read_material(
     recipe: Recipe,
+    sources: Sequence[Source],
     held_out: SourceLike | Sequence[SourceLike] | None,
     tokenizer: Any,
     context: int,
@@ -102,7 +114,8 @@ def read_material(
     """Reads, cuts and checks all texts.
 
     Args:
-        recipe: which texts, and how long a window is.
+        recipe: how long a window is, and what counts.
+        sources: the texts to train on.
         held_out: texts to measure on; None holds the end of every training text back.
         tokenizer: of both models.
         context: the longest sequence both read.
@@ -111,24 +124,22 @@ def read_material(
     Raises:
         UsageError, MlakitError: texts that cannot be read or are too short; says which and where.
     """
-    if not recipe.data:
-        raise UsageError("There is nothing to train on", remedy="name a text with --data")
     length = window_length(recipe, context)
     # The measured windows are like mlakit eval's: three quarters are a cached prefix.
     prefix, suffix = window_lengths(length - 1, None, None)
     wanted = recipe.held_out_windows
     lessons: list[Lessons] = []
     windows: list[np.ndarray] = []
-    sources = named_sources(list(recipe.data))
+    names: list[str] = []
     for source in sources:
         read = read_lessons(source, tokenizer, length + 1, completion_only=recipe.completion_only)
         _check_vocabulary(read, vocabulary, source)
         if held_out is None:
             read, kept = _held_back(read, -(-wanted // len(sources)), source)
             windows += list(kept)
+            names += [source.name] * len(kept)
         lessons.append(read)
     if held_out is None:
-        names = [source.name for source in sources for _ in range(-(-wanted // len(sources)))]
         named = ", ".join(source.label for source in sources)
         text = replace_name(describe_texts(sources), f"the end of {named}, held back")
     else:
@@ -141,7 +152,7 @@ def read_material(
         names = [source.name for source in texts for _ in range(wanted)]
         text = describe_texts(texts)
     ids = torch.from_numpy(np.stack(windows).astype(np.int64))[:, : prefix + suffix + 1]
-    measured = Windows(ids, prefix, suffix, text, tuple(names[: len(ids)]))
+    measured = Windows(ids, prefix, suffix, text, tuple(names))
     mixed = _mixed(lessons, recipe)
     parts = tuple(
         Part(

@@ -33,7 +33,12 @@ from mlakit.healing.arm import Arm, Start
 from mlakit.healing.export import require_stored, trained_tensors, write_card, write_healed
 from mlakit.healing.forecast import Forecast, forecast
 from mlakit.healing.journal import LOG_NAME, Journal
-from mlakit.healing.material import Material, read_material, with_micro_batch
+from mlakit.healing.material import (
+    Material,
+    read_material,
+    training_sources,
+    with_micro_batch,
+)
 from mlakit.healing.measure import measure
 from mlakit.healing.picture import write_picture
 from mlakit.healing.recipe import Recipe, choose_recipe
@@ -164,13 +169,14 @@ def _read_inputs(
         )
     tokenizers = [open_tokenizer(found.path) for found in checkpoints]
     context = min(int(found.config["max_position_embeddings"]) for found in checkpoints)
-    material = read_material(recipe, held_out, tokenizers[0], context, sizes[0])
-    sample = tokenizers[0].decode(material.lessons.ids[0][: min(512, material.length)].tolist())
+    sources = training_sources(recipe)
+    sample = sources[0].content.plain[:2000]
     if len({tuple(t(sample, verbose=False)["input_ids"]) for t in tokenizers}) > 1:
         raise UsageError(
             f"the tokenizers of {student} and {teacher} cut the same text differently",
             remedy="copy the original's tokenizer files into the student's folder",
         )
+    material = read_material(recipe, sources, held_out, tokenizers[0], context, sizes[0])
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.dtype is None:
         recipe = replace(recipe, dtype="float32" if device == "cpu" else "bfloat16")

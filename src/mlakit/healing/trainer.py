@@ -249,7 +249,8 @@ def _arguments(recipe: Recipe, steps: int, folder: Path, device: str) -> Trainin
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     every = max(1, steps // recipe.checks)
     board = find_spec("tensorboard") is not None
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    if board:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parents[1] / "tensorboard" / folder.name)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,

@@ -157,4 +157,4 @@ class Watch(TrainerCallback):
             tokens=step * trainer.tokens_per_step,
             seconds=self.seconds,
         )
-        trainer.log({name: facts[name] for name in ("nll", "kl", "perplexity")})
+        trainer.log({f"eval_{name}": facts[name] for name in ("nll", "kl", "perplexity")})
