@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlakit.benching import bench
     from mlakit.conversion.apply import convert
+    from mlakit.engines.export import export
     from mlakit.evaluation import evaluate, verify
     from mlakit.generation import GenerationResult
     from mlakit.healing.run import heal
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "doctor",
     "evaluate",
+    "export",
     "generate",
     "heal",
     "inspect",
@@ -39,6 +41,7 @@ HOMES = {
     "bench": "mlakit.benching",
     "convert": "mlakit.conversion.apply",
     "evaluate": "mlakit.evaluation",
+    "export": "mlakit.engines.export",
     "heal": "mlakit.healing.run",
     "inspect": "mlakit.inspection",
     "load": "mlakit.nn.hf",

@@ -16,7 +16,19 @@ from typing import Annotated, Any
 import typer
 
 from mlakit import __version__
-from mlakit.cli import bench, convert, demo, doctor, eval, generate, heal, inspect, trace, verify
+from mlakit.cli import (
+    bench,
+    convert,
+    demo,
+    doctor,
+    eval,
+    export,
+    generate,
+    heal,
+    inspect,
+    trace,
+    verify,
+)
 from mlakit.errors import MlakitError, UsageError
 
 app = typer.Typer(
@@ -28,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, convert, verify, heal, eval, generate, bench, trace, demo, doctor):
+for verb in (inspect, convert, verify, heal, eval, export, generate, bench, trace, demo, doctor):
     name = verb.__name__.rpartition(".")[2]
     app.command(name)(getattr(verb, name))
 

@@ -1,0 +1,54 @@
+"""``mlakit export``: a converted checkpoint for stock engines."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Converted checkpoint: folder or hub id.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder for the result, new.")],
+    to: Annotated[
+        str, typer.Option(help="transformers, vllm, sglang, tensorrt-llm or llama.cpp.")
+    ] = "transformers",
+    pad: Annotated[
+        bool,
+        typer.Option(
+            "--pad", help="Fill sizes up with zeros to those the engine takes; zeros are cached."
+        ),
+    ] = False,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="What the result is checked on, PLACE or NAME=PLACE, repeatable."),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text to read.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+) -> None:
+    """Write a converted checkpoint in the layout of DeepSeek-V3, which engines load.
+
+    The result is loaded with transformers' own class and compared before the folder appears.
+    """
+    from rich.console import Console
+
+    from mlakit.engines.export import LOADS
+    from mlakit.engines.export import export as run
+
+    found = run(model, output, to=to, pad=pad, text=text or None, windows=windows, device=device)
+    shape, check, console = found.shape, found.check, Console()
+    console.print(
+        f"[bold]{output}[/bold]: rank {shape.rank} + rope {shape.rope}, heads of {shape.nope} +"
+        f" {shape.rope} (keys) and {shape.value} (values)"
+    )
+    if shape.rank + shape.rope > found.width:
+        console.print(
+            f"caches {shape.rank + shape.rope} numbers per token and layer; the converted folder"
+            f" {found.width:.4g}: the rest are zeros"
+        )
+    console.print(
+        f"checked with transformers' class on {check.tokens} tokens: logits differ by"
+        f" {check.one_pass.rms:.2g} of their deviation, KL {check.kl_mean:.2g} nats, same top"
+        f" token {check.top1:.1%}"
+    )
+    console.print(f"next: {LOADS[to].replace('FOLDER', output)}", markup=False)
