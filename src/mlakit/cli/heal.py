@@ -212,7 +212,7 @@ class Told:
         first = self.first
         if first is None or row["step"] == first["step"]:
             return words
-        seconds = row["seconds"] - first["seconds"]
+        seconds = max(row["seconds"] - first["seconds"], 1e-6)
         speed = (row["tokens"] - first["tokens"]) / seconds
         left = seconds / (row["step"] - first["step"]) * (self.steps - row["step"])
         words += f"  {speed:,.0f} tokens/s  left {_clock(left)}"

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -119,6 +120,11 @@ class HealTrainer(Trainer):
             self.is_fsdp_enabled = True
             # It warns of in-place operations on what attention returns; decoder layers use none.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+            plugin.mixed_precision_policy = None
+            if self.recipe.dtype == "bfloat16":  # losses and gradients are added up in float32
+                plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                    param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+                )
             plugin.auto_wrap_policy = transformer_auto_wrap_policy
             plugin.transformer_cls_names_to_wrap = list(self.pair._no_split_modules)
             plugin.cpu_ram_efficient_loading = False
@@ -248,6 +254,8 @@ def _arguments(recipe: Recipe, steps: int, folder: Path, device: str) -> Trainin
     micro = recipe.micro_batch or 1
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     every = max(1, steps // recipe.checks)
+    # What accelerate launch was told gives way to the run's own dtype.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.dtype == "bfloat16" else "no"
     board = find_spec("tensorboard") is not None
     if board:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parents[1] / "tensorboard" / folder.name)
@@ -270,7 +278,7 @@ def _arguments(recipe: Recipe, steps: int, folder: Path, device: str) -> Trainin
         dataloader_pin_memory=device != "cpu",
         disable_tqdm=True,
         log_level="error",
-        ddp_find_unused_parameters=True,
+        ddp_find_unused_parameters=recipe.train == "all",  # as experts that no token visits
     )
     if processes == 1:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: never DataParallel
