@@ -107,13 +107,7 @@ def forecast(
     itemsize = ITEMSIZES[recipe.dtype or "float32"]
     sharded = processes if fsdp_is_asked_for() else 1
     counts = _Counts.of(student, recipe)
-    config = student.config
     micro = recipe.micro_batch or 1
-    tokens = micro * material.length
-    layers = int(config["num_hidden_layers"])
-    kept = 2 * layers + ACTIVATIONS if recipe.checkpointing else ACTIVATIONS * layers
-    activations = tokens * int(config["hidden_size"]) * kept * itemsize
-    logits = min(tokens * int(config["vocab_size"]), CHUNK_LOGITS) * 4 * 6
     teacher_bytes = sum(_count(teacher, name) for name in teacher.names) * itemsize
     weights = (counts.all - counts.trained) * itemsize + counts.trained * 4 + teacher_bytes
     arms = 2 if control else 1
@@ -131,7 +125,7 @@ def forecast(
         parameters=counts.all,
         weights_bytes=weights // sharded,
         optimiser_bytes=3 * 4 * counts.trained // sharded,
-        activation_bytes=activations + logits,
+        activation_bytes=_activation_bytes(student.config, recipe, micro * material.length),
         available_bytes=_available(device),
         processes=processes,
         seconds=seconds,
@@ -140,6 +134,14 @@ def forecast(
         warnings=(),
     )
     return replace(found, warnings=tuple(_warnings(found, recipe, material, sharded)))
+
+
+def _activation_bytes(config: dict[str, Any], recipe: Recipe, tokens: int) -> int:
+    """What a micro batch keeps for the backward pass, and a chunk of both models' logits."""
+    layers = int(config["num_hidden_layers"])
+    kept = 2 * layers + ACTIVATIONS if recipe.checkpointing else ACTIVATIONS * layers
+    states = tokens * int(config["hidden_size"]) * kept * ITEMSIZES[recipe.dtype or "float32"]
+    return states + min(tokens * int(config["vocab_size"]), CHUNK_LOGITS) * 4 * 6
 
 
 def _warnings(found: Forecast, recipe: Recipe, material: Material, sharded: int) -> list[str]:

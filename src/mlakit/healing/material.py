@@ -13,7 +13,6 @@ from mlakit.data import Lessons, Source, SourceLike, named_sources, read_lessons
 from mlakit.errors import MlakitError, UsageError
 from mlakit.evaluation.quality import Windows, describe_texts, open_texts, window_lengths
 from mlakit.healing.recipe import Recipe
-from mlakit.reporting.schema import Text
 
 LONGEST_WINDOW = 2048
 HELD_BACK = 0.05
@@ -125,42 +124,19 @@ def read_material(
         UsageError, MlakitError: texts that cannot be read or are too short; says which and where.
     """
     length = window_length(recipe, context)
-    # The measured windows are like mlakit eval's: three quarters are a cached prefix.
-    prefix, suffix = window_lengths(length - 1, None, None)
-    wanted = recipe.held_out_windows
     lessons: list[Lessons] = []
-    windows: list[np.ndarray] = []
-    names: list[str] = []
+    ends: list[tuple[Source, np.ndarray]] = []
+    share = -(-recipe.held_out_windows // len(sources))
     for source in sources:
         read = read_lessons(source, tokenizer, length + 1, completion_only=recipe.completion_only)
         _check_vocabulary(read, vocabulary, source)
         if held_out is None:
-            read, kept = _held_back(read, -(-wanted // len(sources)), source)
-            windows += list(kept)
-            names += [source.name] * len(kept)
+            read, end = _held_back(read, share, source)
+            ends.append((source, end))
         lessons.append(read)
-    if held_out is None:
-        named = ", ".join(source.label for source in sources)
-        text = replace_name(describe_texts(sources), f"the end of {named}, held back")
-    else:
-        texts = open_texts(held_out)
-        windows = [
-            np.asarray(window)
-            for source in texts
-            for window in source_windows(source, tokenizer, prefix + suffix + 1, wanted)
-        ]
-        names = [source.name for source in texts for _ in range(wanted)]
-        text = describe_texts(texts)
-    ids = torch.from_numpy(np.stack(windows).astype(np.int64))[:, : prefix + suffix + 1]
-    measured = Windows(ids, prefix, suffix, text, tuple(names))
+    measured = _measured(recipe, held_out, ends, tokenizer, length)
     mixed = _mixed(lessons, recipe)
-    parts = tuple(
-        Part(
-            source.name, source.label, source.content.sha256, len(one),
-            int(one.counted[:, 1:].sum()), one.dropped, source.content.empty,
-        )
-        for source, one in zip(sources, mixed, strict=True)
-    )  # fmt: skip
+    parts = tuple(_part(source, one) for source, one in zip(sources, mixed, strict=True))
     joined = Lessons(
         np.concatenate([one.ids for one in mixed]),
         np.concatenate([one.counted for one in mixed]),
@@ -169,9 +145,40 @@ def read_material(
     return Material(joined, measured, parts)
 
 
-def replace_name(text: Text, name: str) -> Text:
-    """The same text under another name."""
-    return text.model_copy(update={"name": name})
+def _measured(
+    recipe: Recipe,
+    held_out: SourceLike | Sequence[SourceLike] | None,
+    ends: Sequence[tuple[Source, np.ndarray]],
+    tokenizer: Any,
+    length: int,
+) -> Windows:
+    """Windows as ``mlakit eval`` scores them: three quarters are a cached prefix."""
+    prefix, suffix = window_lengths(length - 1, None, None)
+    size, wanted = prefix + suffix + 1, recipe.held_out_windows
+    if held_out is None:
+        texts = tuple(source for source, _ in ends)
+        named = ", ".join(source.label for source in texts)
+        text = describe_texts(texts).model_copy(update={"name": f"the end of {named}, held back"})
+        found = list(ends)
+    else:
+        texts = open_texts(held_out)
+        text = describe_texts(texts)
+        found = [(t, np.asarray(source_windows(t, tokenizer, size, wanted))) for t in texts]
+    ids = np.concatenate([rows[:, :size] for _, rows in found]).astype(np.int64)
+    names = tuple(source.name for source, rows in found for _ in rows)
+    return Windows(torch.from_numpy(ids), prefix, suffix, text, names)
+
+
+def _part(source: Source, lessons: Lessons) -> Part:
+    return Part(
+        name=source.name,
+        place=source.label,
+        sha256=source.content.sha256,
+        windows=len(lessons),
+        tokens=int(lessons.counted[:, 1:].sum()),
+        dropped=lessons.dropped,
+        empty=source.content.empty,
+    )
 
 
 def _check_vocabulary(lessons: Lessons, vocabulary: int, source: Source) -> None:

@@ -126,11 +126,6 @@ def heal(
         UsageError, UnsupportedModelError: nothing was written.
         MlakitError: says what failed and how to go on.
     """
-    if find_spec("accelerate") is None:
-        raise MlakitError(
-            "Healing needs the package accelerate, which is not installed",
-            remedy="pip install 'mlakit[heal]'",
-        )
     inputs = _read_inputs(
         student, teacher, choose_recipe(recipe, settings), held_out, control, device
     )
@@ -158,6 +153,11 @@ def _read_inputs(
     control: bool,
     device: str,
 ) -> Inputs:
+    if find_spec("accelerate") is None:
+        raise MlakitError(
+            "Healing needs the package accelerate, which is not installed",
+            remedy="pip install 'mlakit[heal]'",
+        )
     register()
     checkpoints = open_checkpoint(student), open_checkpoint(teacher)
     sizes = [int(found.config["vocab_size"]) for found in checkpoints]
