@@ -33,16 +33,16 @@ from unittest.mock import patch
 import torch
 from benchmarks import article_tables
 from benchmarks.conversion_quality import ROOT, SHARED
-from mlakit.healing import trainable
-from mlakit.healing.recipe import Recipe
-from mlakit.healing.report import HealReport
-from mlakit.healing.run import heal
 
 from mlakit.benching.environment import environment
 from mlakit.checkpoint import Checkpoint, open_checkpoint, write_json_atomic
 from mlakit.conversion import factor
 from mlakit.conversion.apply import convert
 from mlakit.families import FAMILIES, read_model
+from mlakit.healing import trainable
+from mlakit.healing.recipe import Recipe
+from mlakit.healing.report import HealReport
+from mlakit.healing.run import heal
 
 RESULT = ROOT / "benchmarks" / "results" / "article_experiments.json"
 MODELS = ("stories260k", "llama2xs280k")

@@ -72,6 +72,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "ours": {},
 }
+WIDTH_CHOSEN = ("ours, closed form", "ours")
+"""Methods that also choose the rotary width, on calibration text (``halving`` 0)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Cell:
-    """One conversion: of which ``1 / halving`` of the head size stays rotated."""
+    """One conversion: ``1 / halving`` of the head size stays rotated; 0 for what it chooses."""
 
     kind: str
     ratio: float
@@ -193,6 +195,8 @@ def code() -> str:
 
 def goal_of(folder: Path, ratio: float, halving: int) -> dict[str, float] | None:
     """Rotary width at a share of the cache; None where no rank is left."""
+    if not halving:
+        return {"cache_ratio": ratio}
     layer = read_model(open_checkpoint(folder).config).layers[0]
     rope = layer.head_dim // halving
     rank = math.floor(ratio * layer.cache_width + 1e-9) - rope
@@ -216,8 +220,8 @@ def cells(seeds: list[int], methods: list[str]) -> Iterator[Cell]:
 
 def _grid(ratios: Sequence[float], methods: list[str], seed: int) -> Iterator[Cell]:
     for ratio in ratios:
-        for halving in (1, 2):
-            for method in methods:
+        for halving in (1, 2, 0):
+            for method in methods if halving else [m for m in methods if m in WIDTH_CHOSEN]:
                 yield Cell("cells", ratio, halving, method, seed)
 
 
@@ -242,7 +246,7 @@ def has(record: dict[str, Any], name: str, cell: Cell) -> bool:
 
 def write(record: dict[str, Any], output: Path) -> None:
     """The JSON with what follows from its cells; beside the repository's, page and picture."""
-    sizes = [(ratio, halving) for ratio in (*HEADLINE, *OTHERS) for halving in (1, 2)]
+    sizes = [(ratio, halving) for ratio in (*HEADLINE, *OTHERS) for halving in (1, 2, 0)]
     parts = [cell.method for cell in cells([0], []) if (cell.ratio, cell.halving) == ABLATED[0]]
     record["share_of_published_excess"] = conversion_tables.shares(record["models"], sizes)
     record["ablation"] = conversion_tables.ablation(record["models"], list(ABLATED), parts)

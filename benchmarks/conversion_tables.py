@@ -18,13 +18,17 @@ COLOURS = {
     "ours, closed form": "#ee7733",
     "ours": "#cc3311",
 }
-LABELS = {"ours": "ours, refined (the default)"}
+CHOSEN, CHOSEN_COLOUR = "ours, rotary width chosen (the default)", "#228833"
+LABELS = {"ours": "ours, refined"}
 FLOOR = 1e-3
 """Excess losses below are drawn here; some are below zero."""
 
 
 def size_name(cell: dict[str, Any]) -> str:
-    """``d1_500``: all of the head size stays rotated, 500 thousandths of the cache are kept."""
+    """``d1_500``: all of the head size stays rotated, 500 thousandths of the cache are kept.
+
+    ``d2`` is half of it, ``d0`` a width that calibration chose.
+    """
     return f"d{cell['halving']}_{round(1000 * cell['ratio'])}"
 
 
@@ -33,9 +37,9 @@ def shares(
 ) -> dict[str, Any]:
     """By size and method: excess log loss as a share of the published one's.
 
-    Cells of the same seed are compared. A model counts with the mean of its seeds. ``lowest`` and
-    ``highest`` are those of the median over models where each seed stands alone, over the seeds
-    that all these models have. What is not measured is None.
+    Cells of the same seed are compared; a chosen width with all of the head size. A model counts
+    with the mean of its seeds. ``lowest`` and ``highest`` are those of the median over models where
+    each seed stands alone, over the seeds that all these models have. What is not measured is None.
     """
     names = [size_name({"ratio": ratio, "halving": halving}) for ratio, halving in sizes]
     return {size: {method: _summary(models, size, method) for method in methods} for size in names}
@@ -62,9 +66,13 @@ def _summary(models: dict[str, Any], size: str, method: str) -> dict[str, Any]:
     by_model: dict[str, dict[int, float]] = {}
     steps: set[int] = set()
     for name, model in models.items():
-        cells = [c for c in (*model["cells"], *model["ablation"]) if size_name(c) == size]
+        known = (*model["cells"], *model["ablation"])
+        cells = [cell for cell in known if size_name(cell) == size]
+        base = size.replace("d0_", "d1_")
         excess = {
-            cell["seed"]: cell["excess"]["value"] for cell in cells if cell["method"] == "published"
+            cell["seed"]: cell["excess"]["value"]
+            for cell in known
+            if size_name(cell) == base and cell["method"] == "published"
         }
         for cell in cells:
             published = excess.get(cell["seed"], 0.0)
@@ -161,8 +169,12 @@ def draw(record: dict[str, Any]) -> None:
     for panels, halving in zip(rows, (1, 2), strict=True):
         for panel, (name, model) in zip(panels, models.items(), strict=True):
             groups = [g for g in grouped(model["cells"]) if g[0]["halving"] == halving]
-            for method in COLOURS:
-                _line(panel, [g for g in groups if g[0]["method"] == method], method)
+            for method, colour in COLOURS.items():
+                of_method = [g for g in groups if g[0]["method"] == method]
+                _line(panel, of_method, LABELS.get(method, method), colour)
+            free = [g for g in grouped(model["cells"]) if g[0]["halving"] == 0]
+            free = [g for g in free if g[0]["method"] == "ours"]
+            _line(panel, free, CHOSEN, CHOSEN_COLOUR)
             panel.set(xscale="log", yscale="log", xlim=(110, 11))
             panel.set_xticks([100, 50, 25, 12.5], ["100", "50", "25", "12.5"])
             panel.minorticks_off()
@@ -174,21 +186,19 @@ def draw(record: dict[str, Any]) -> None:
         width = "all of the head size rotated" if halving == 1 else "half of it rotated"
         panels[0].set_ylabel(f"{width}\nexcess loss, nats per token")
     handles, labels = rows[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="lower center", ncol=len(COLOURS))
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles, labels, frameon=False, loc="lower center", ncol=3)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(DOCS / "conversion_quality.png", dpi=150)
     plt.close(figure)
 
 
-def _line(panel: Any, groups: list[list[dict[str, Any]]], method: str) -> None:
+def _line(panel: Any, groups: list[list[dict[str, Any]]], label: str, colour: str) -> None:
     """One method: the mean over seeds, and their spread."""
     values = [[max(cell["excess"]["value"], FLOOR) for cell in group] for group in groups]
     ratios = [100 * group[0]["ratio"] for group in groups]
     means = [statistics.mean(of_size) for of_size in values]
-    panel.plot(
-        ratios, means, "o-", color=COLOURS[method], label=LABELS.get(method, method), markersize=4
-    )
-    panel.vlines(ratios, [min(v) for v in values], [max(v) for v in values], color=COLOURS[method])
+    panel.plot(ratios, means, "o-", color=colour, label=label, markersize=4)
+    panel.vlines(ratios, [min(v) for v in values], [max(v) for v in values], color=colour)
 
 
 def write_page(record: dict[str, Any]) -> None:
