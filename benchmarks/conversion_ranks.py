@@ -1,4 +1,4 @@
-"""One rank for all layers or one for each; predicted beside measured loss.
+"""One rank for all layers or one for each, the rotary width chosen; predicted and measured loss.
 
     python -m benchmarks.conversion_ranks [MODEL ...]
 
@@ -26,7 +26,9 @@ from mlakit.evaluation.quality import kl_divergence
 from mlakit.families import read_model
 
 RESULT = Path(__file__).resolve().parent / "results" / "conversion_ranks.json"
-RATIOS = (0.5, 0.375, 0.25, 0.125)
+RATIOS = (0.75, 0.5, 0.375, 0.25, 0.125)
+CHOSEN = 0
+"""In place of a halving of the head size: calibration chooses the rotary width."""
 TOKENS = 12288
 
 
@@ -60,9 +62,9 @@ def run(
     cells = []
     for ratio in ratios:
         for halving in halvings:
-            rope = layer.rotary_dim // halving
+            rope = None if halving == CHOSEN else layer.rotary_dim // halving
             for refine_steps in steps:
-                for ranks in ("even", "measured"):
+                for ranks in ("even", "measured") if rope else ("measured",):
                     options = {"qk_rope_head_dim": rope, "refine_steps": refine_steps}
                     found = measure(case, work, cache_ratio=ratio, ranks=ranks, **options)
                     if found is None:
@@ -79,11 +81,14 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 def summary(models: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Loss with measured ranks over that with even ones; measured over predicted loss."""
+    """Loss with measured ranks over that with even ones, with a chosen rotary width over that
+    with the head size; measured over predicted loss."""
     shares: dict[str, list[float]] = {}
+    chosen: dict[str, list[float]] = {}
     scales: dict[str, dict[str, list[float]]] = {}
     for name, cells in models.items():
         even = {key(cell): cell["test_kl"] for cell in cells if cell["ranks_by"] == "even"}
+        own = {key(c): c["test_kl"] for c in cells if c["ranks_by"] == "measured"}
         for cell in cells:
             kind = "refined" if cell["refine_steps"] else "closed"
             scale = cell["held_out_kl"] / cell["predicted_kl"]
@@ -91,7 +96,12 @@ def summary(models: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             if cell["ranks_by"] == "measured" and key(cell) in even:
                 size = f"{kind}_{round(1000 * cell['ratio'])}"
                 shares.setdefault(size, []).append(cell["test_kl"] / even[key(cell)])
+            same_size = (cell["ratio"], 1, cell["refine_steps"])
+            if cell["halving"] == CHOSEN and same_size in own:
+                size = f"{kind}_{round(1000 * cell['ratio'])}"
+                chosen.setdefault(size, []).append(cell["test_kl"] / own[same_size])
     return {
+        "chosen_over_own_width": {size: spread(found) for size, found in chosen.items()},
         "measured_over_even": {size: spread(found) for size, found in shares.items()},
         "measured_over_predicted": {
             name: {kind: spread(found) for kind, found in kinds.items()}
@@ -122,7 +132,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--steps", nargs="+", type=int, default=[0])
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
-    parser.add_argument("--halvings", nargs="+", type=int, choices=(1, 2), default=[1, 2])
+    parser.add_argument("--halvings", nargs="+", type=int, choices=(0, 1, 2), default=[0, 1, 2])
     arguments = parser.parse_args()
     at_hand = sorted(path.parent for path in (SHARED / "models").glob("*/config.json"))
     record: dict[str, Any] = {"models": {}}
