@@ -178,7 +178,8 @@ def refusals(pair: Pair, tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]
         "odd micro batch": ({"micro_batch": 3}, "does not divide"),
         "unknown recipe": ({"recipe": "quick"}, "no recipe 'quick'"),
         "weights": ({"weights": [1, 2]}, "2 weights were given for 1 texts"),
-        "experiment": ({"dtype": "float16"}, "none of float32, bfloat16"),
+        "narrow": ({"dtype": "float16"}, "none of float32, bfloat16"),
+        "second GPU": ({"device": "cuda:1"}, "not on 'cuda:1'"),
     }
 
 
@@ -187,7 +188,7 @@ def refusals(pair: Pair, tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]
     [
         *("no text", "half a row", "empty file", "short", "long windows", "no completions"),
         *("unknown part", "unknown setting", "nothing to learn", "odd micro batch"),
-        *("unknown recipe", "weights", "experiment"),
+        *("unknown recipe", "weights", "narrow", "second GPU"),
     ],
 )
 def test_bad_input_is_one_error(pair: Pair, tmp_path: Path, case: str) -> None:
@@ -246,7 +247,7 @@ def test_empty_rows_are_reported(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlakit.healing.run.find_spec", lambda name: None)
+    monkeypatch.setattr("mlakit.healing.inputs.find_spec", lambda name: None)
     with pytest.raises(MlakitError, match=r"pip install 'mlakit\[heal\]'"):
         quick_heal(pair, None)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,72 +15,28 @@ import torch
 
 from mlakit import __version__
 from mlakit.checkpoint import (
-    Checkpoint,
     ShardWriter,
-    open_checkpoint,
     require_free_space,
     require_writable,
     write_json_atomic,
 )
 from mlakit.checkpoint.writing import PARTIAL_SUFFIX
 from mlakit.data import SourceLike
-from mlakit.errors import MlakitError, UsageError
+from mlakit.errors import UsageError
 from mlakit.evaluation.environment import describe_environment
-from mlakit.evaluation.subject import Subject, open_subject, open_tokenizer
+from mlakit.evaluation.subject import Subject, open_subject
 from mlakit.healing.arm import Arm, Start
 from mlakit.healing.export import require_stored, trained_tensors, write_card, write_healed
 from mlakit.healing.forecast import Forecast, forecast
+from mlakit.healing.inputs import Inputs, read_inputs
 from mlakit.healing.journal import LOG_NAME, Journal
-from mlakit.healing.material import (
-    Material,
-    read_material,
-    training_sources,
-    with_micro_batch,
-)
 from mlakit.healing.measure import measure
 from mlakit.healing.picture import write_picture
 from mlakit.healing.recipe import Recipe, choose_recipe
 from mlakit.healing.report import REPORT_NAME, ArmReport, HealReport, arm_report, read_heal_report
 from mlakit.healing.watch import Told
-from mlakit.nn.hf import register
 
 RUN_NAME, ARMS_NAME = "run.json", "arms"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Everything that was read and checked before any weight.
-
-    Attributes:
-        student: the checkpoint to heal.
-        teacher: its original.
-        recipe: settings, with micro batch and dtype chosen.
-        material: windows.
-        steps: optimiser steps.
-        control: whether the original trains too.
-        device: where it runs.
-        processes: how many share the work.
-    """
-
-    student: Checkpoint
-    teacher: Checkpoint
-    recipe: Recipe
-    material: Material
-    steps: int
-    control: bool
-    device: str
-    processes: int
-
-    @property
-    def key(self) -> str:
-        """Tells one run from another; a run goes on only under the same key."""
-        settings = {**asdict(self.recipe), "micro_batch": None, "checkpointing": None}
-        facts = [
-            __version__, self.student.fingerprint, self.teacher.fingerprint, settings, self.control,
-            [(part.name, part.sha256) for part in self.material.parts],
-            self.material.held_out.ids.tolist(),
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def heal(
@@ -126,7 +80,7 @@ def heal(
         UsageError, UnsupportedModelError: nothing was written.
         MlakitError: says what failed and how to go on.
     """
-    inputs = _read_inputs(
+    inputs = read_inputs(
         student, teacher, choose_recipe(recipe, settings), held_out, control, device
     )
     if output is not None:
@@ -143,46 +97,6 @@ def heal(
         with TemporaryDirectory(prefix="mlakit-heal-") as folder:
             return _Run(inputs, Path(folder), told).finish()
     return _run_to(Path(output).expanduser(), inputs, told)
-
-
-def _read_inputs(
-    student: str | Path,
-    teacher: str | Path,
-    recipe: Recipe,
-    held_out: SourceLike | Sequence[SourceLike] | None,
-    control: bool,
-    device: str,
-) -> Inputs:
-    if find_spec("accelerate") is None:
-        raise MlakitError(
-            "Healing needs the package accelerate, which is not installed",
-            remedy="pip install 'mlakit[heal]'",
-        )
-    register()
-    checkpoints = open_checkpoint(student), open_checkpoint(teacher)
-    sizes = [int(found.config["vocab_size"]) for found in checkpoints]
-    if sizes[0] != sizes[1]:
-        raise UsageError(
-            f"{student} has {sizes[0]} tokens and {teacher} has {sizes[1]}: the student cannot"
-            " learn the teacher's predictions",
-            remedy="give the checkpoint that the student was converted from as --teacher",
-        )
-    tokenizers = [open_tokenizer(found.path) for found in checkpoints]
-    context = min(int(found.config["max_position_embeddings"]) for found in checkpoints)
-    sources = training_sources(recipe)
-    sample = sources[0].content.plain[:2000]
-    if len({tuple(t(sample, verbose=False)["input_ids"]) for t in tokenizers}) > 1:
-        raise UsageError(
-            f"the tokenizers of {student} and {teacher} cut the same text differently",
-            remedy="copy the original's tokenizer files into the student's folder",
-        )
-    material = read_material(recipe, sources, held_out, tokenizers[0], context, sizes[0])
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if recipe.dtype is None:
-        recipe = replace(recipe, dtype="float32" if device == "cpu" else "bfloat16")
-    recipe = with_micro_batch(recipe, material.length, processes)
-    steps = recipe.steps or max(1, round(recipe.epochs * len(material.lessons) / recipe.batch))
-    return Inputs(*checkpoints, recipe, material, steps, control, device, processes)
 
 
 def _check_output(folder: Path, inputs: Inputs, *, writes: bool) -> HealReport | None:
@@ -281,7 +195,7 @@ class _Run:
             self._note_empty_rows(journal)
         original = self._open_original()
         reports = {}
-        student = open_subject(inputs.student.source, device=inputs.device)
+        student = open_subject(inputs.student.source, device=self._loads_to)
         arm = Arm("healed", student, original, start)
         require_stored(inputs.student, arm.trained)
         state = arm.run()
@@ -290,7 +204,7 @@ class _Run:
         if inputs.control:
             if inputs.processes > 1:  # each holds a part of it, for the arm before
                 original = self._open_original()
-            again = open_subject(inputs.teacher.source, device=inputs.device)
+            again = open_subject(inputs.teacher.source, device=self._loads_to)
             settled = replace(start, recipe=_control_recipe(inputs.recipe))
             arm = Arm("control", again, original, settled)
             arm.run()
@@ -299,9 +213,14 @@ class _Run:
             return self._report(reports, dict(reports["healed"].best), None)
         return self._write(shards, state, reports, original)
 
+    @property
+    def _loads_to(self) -> str:
+        """Where weights are read to; of several processes each moves its own share from there."""
+        return "cpu" if self.inputs.processes > 1 else self.inputs.device
+
     def _open_original(self) -> Subject:
         inputs = self.inputs
-        return open_subject(inputs.teacher.source, dtype=inputs.recipe.dtype, device=inputs.device)
+        return open_subject(inputs.teacher.source, dtype=inputs.recipe.dtype, device=self._loads_to)
 
     def _note_empty_rows(self, journal: Journal) -> None:
         empty = [row for part in self.inputs.material.parts for row in part.empty]
@@ -325,7 +244,9 @@ class _Run:
         new = trained_tensors(inputs.student, state) if healed.best["step"] else {}
         raised = write_healed(inputs.student, shards, new, facts)
         if inputs.processes > 1:  # this process holds a part of it only
-            original = self._open_original()
+            original = open_subject(
+                inputs.teacher.source, dtype=inputs.recipe.dtype, device=inputs.device
+            )
         written = open_subject(self.folder, dtype=inputs.recipe.dtype, device=inputs.device)
         after = measure(original, written, inputs.material.held_out)
         report = self._report(reports, asdict(after), raised)
