@@ -202,9 +202,14 @@ def test_trace_and_inspect_read_the_result(case: str, text: Path, tmp_path: Path
     folder = save(tmp_path / "source", case)
     for name, options in {
         "equal": {"equal_cache": True},
-        "half": {"cache_ratio": 0.5, "refine_steps": 0},
+        "half": {
+            "cache_ratio": 0.5,
+            "refine_steps": 0,
+            "calibration": text,
+            "calibration_tokens": 128,
+        },
     }.items():
-        convert(folder, tmp_path / name, calibration=text, calibration_tokens=128, **options)
+        convert(folder, tmp_path / name, **options)
         model = load(tmp_path / name)
         told = trace_model(model, IDS[0, :6].tolist()).text()
         assert "c_kv" in told and "W_0" in told
