@@ -12,7 +12,7 @@ values from the latents they would cache.
 What the JSON has for the same code is not measured again, so a run that was cut off goes on where
 it was, and ``--merge FILE`` takes in what another machine or checkout measured. After a change of
 the code that should leave its results alone, ``--recheck N`` measures N of the older cells again:
-where none moves by more than 2 % they all count as this code's, and the JSON says so.
+where none moves by more than 10 % they all count as this code's, and the JSON says so.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ ABLATED = ((0.5, 1), (0.375, 1), (0.5, 2))
 """Cache ratios, and the share of the head size that stays rotated, of the ablation."""
 EVEN = "without ranks by layer"
 SEEDS = (0, 1, 2)
-MOVED = 0.02
-"""By how much of itself a KL divergence may move for older cells to count as this code's."""
+MOVED = 0.1
+"""By how much of itself a KL divergence may move for older cells to count as this code's. Algebra
+alone moves by rounding; two hundred steps from a rounding apart end up a few per cent apart."""
 CALIBRATION_TOKENS, TEST_TOKENS, LONGEST = 16384, 12288, 512
 METHODS: dict[str, dict[str, Any]] = {
     "published": {"method": "transmla"},
