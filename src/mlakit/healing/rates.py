@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mlakit.healing.lora import MARK
 
-AUTO_RATE = 0.01
+AUTO_RATE = 0.003
 """The learning rate, relative to the root mean square of each trained weight. Adam moves every
 number by about its rate, so each weight then changes by the same share of itself in a step."""
 
