@@ -52,6 +52,7 @@ def test_chunks_give_the_gradient_of_the_whole(rows: int, top_k: int, temperatur
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found, facts, rtol=1e-5, atol=1e-5)
     for slope, wanted in zip(slopes, expected, strict=True):
+        # sums over tokens of such sums, three times as large
         torch.testing.assert_close(slope, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -60,6 +61,7 @@ def test_divergence_against_float64() -> None:
     p, q = (x.div(1.7).softmax(-1) for x in (teacher, student))
     expected = (p * (p.log() - q.log())).sum(-1) * 1.7**2
     found = LogitLoss(0, 1, 1.7).divergence(student, teacher)
+    # both float64; log p is taken in two ways
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 

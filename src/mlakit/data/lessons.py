@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlakit.data.texts import Conversation, Source
+from mlakit.data.windows import templated
 from mlakit.errors import MlakitError, UsageError
 
 
@@ -126,13 +127,7 @@ def _documents(source: Source, tokenizer: Any) -> Iterator[list[Segment]]:
 
 def _templated(talk: Conversation, tokenizer: Any, where: str) -> list[Segment]:
     """A conversation in its template; replies count, with the mark that ends them."""
-    try:
-        text = tokenizer.apply_chat_template(list(talk), tokenize=False)
-    except Exception as error:  # a template raises what its author chose
-        raise MlakitError(
-            f"the chat template refuses {where}: {error}",
-            remedy="give conversations with the roles that the template knows, in its order",
-        ) from error
+    text = templated(talk, tokenizer, where)
     pieces: list[Segment] = []
     done = 0
     for turn in talk:

@@ -74,17 +74,31 @@ def source_windows(
     return windows if count is None else windows[:count]
 
 
+def templated(talk: Conversation, tokenizer: Any, where: str) -> str:
+    """A conversation in the tokenizer's chat template.
+
+    Args:
+        talk: its turns.
+        tokenizer: with a template.
+        where: names the conversation in the error.
+
+    Raises:
+        MlakitError: the template refuses it.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(list(talk), tokenize=False))
+    except Exception as error:  # a template raises what its author chose
+        raise MlakitError(
+            f"the chat template refuses {where}: {error}",
+            remedy="give conversations with the roles that the template knows, in its order",
+        ) from error
+
+
 def _conversation_ids(
     talks: tuple[Conversation, ...], tokenizer: Any, place: str
 ) -> Iterator[list[int]]:
     for number, talk in enumerate(talks, start=1):
-        try:
-            text = tokenizer.apply_chat_template(list(talk), tokenize=False)
-        except Exception as error:  # a template raises what its author chose
-            raise MlakitError(
-                f"the chat template refuses conversation {number} of {place}: {error}",
-                remedy="give conversations with the roles that the template knows, in its order",
-            ) from error
+        text = templated(talk, tokenizer, f"conversation {number} of {place}")
         yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
