@@ -300,6 +300,6 @@ def test_sampling_follows_the_probabilities() -> None:
 
 
 def test_row_generators_differ() -> None:
-    keys = [(0, "a", 0), (0, "a", 1), (1, "a", 0), (0, "b", 0)]
+    keys = [(0, [7], 0), (0, [7], 1), (1, [7], 0), (0, [8], 0)]
     draws = {torch.rand((), generator=row_generator(*key)).item() for key in keys}
     assert len(draws) == 4

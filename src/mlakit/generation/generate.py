@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlakit.errors import UsageError
-from mlakit.generation.sampling import choose_tokens, row_generator
-from mlakit.generation.text import TextStream
+from mlakit.generation.continuation import Continuation, FinishReason, eos_ids, next_tokens
+from mlakit.generation.sampling import Sampling
 from mlakit.nn.cache import LatentCache
 from mlakit.nn.hf import cache_nbytes, new_cache
 
-FinishReason = Literal["eos", "stop", "length"]
 OnText = Callable[[int, str], None]
 
 
@@ -74,10 +73,7 @@ class _Row:
 
     index: int
     prompt_ids: list[int]
-    stream: TextStream
-    generator: torch.Generator | None
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    text: Continuation
 
 
 @dataclass
@@ -128,22 +124,23 @@ def generate(
         UsageError: an option makes no sense, a prompt does not fit in the model's context with
             ``max_new_tokens``, or there is no chat template or no token to begin with.
     """
-    _check(prompts, max_new_tokens, temperature, top_p, top_k, stop, batch_size)
+    _check(prompts, max_new_tokens, stop, batch_size)
+    wishes = Sampling(max_new_tokens, temperature, top_p, top_k, tuple(stop), seed)
+    eos = eos_ids(model, tokenizer)
     rows: list[_Row] = []
     for index, prompt in enumerate(prompts):
         ids = prompt_ids(tokenizer, prompt, chat)
-        occurrence = list(prompts[:index]).count(prompt)
-        generator = row_generator(seed, prompt, occurrence) if temperature else None
-        rows.append(_Row(index, ids, TextStream(tokenizer, ids, stop), generator))
+        before = sum(row.prompt_ids == ids for row in rows)
+        rows.append(_Row(index, ids, Continuation(tokenizer, ids, wishes, eos, before)))
     _check_context(model, rows, max_new_tokens)
     cost = _Cost()
     for start in range(0, len(rows), batch_size or len(rows)):
         batch = rows[start : start + (batch_size or len(rows))]
-        _run(model, tokenizer, batch, max_new_tokens, (temperature, top_k, top_p), on_text, cost)
+        _run(model, tokenizer, batch, max_new_tokens, on_text, cost)
     return GenerationResult(
-        texts=[row.stream.text for row in rows],
-        token_ids=[row.token_ids for row in rows],
-        finish_reasons=[row.finish_reason or "length" for row in rows],
+        texts=[row.text.stream.text for row in rows],
+        token_ids=[row.text.token_ids for row in rows],
+        finish_reasons=[row.text.finish_reason or "length" for row in rows],
         tokens_per_second=cost.decoded_tokens / cost.decode_seconds if cost.decoded_tokens else 0.0,
         prefill_seconds=cost.prefill_seconds,
         decode_seconds=cost.decode_seconds,
@@ -157,7 +154,6 @@ def _run(
     tokenizer: Any,
     rows: list[_Row],
     max_new_tokens: int,
-    sampling: tuple[float, int, float],
     on_text: OnText | None,
     cost: _Cost,
 ) -> None:
@@ -165,17 +161,16 @@ def _run(
     started = _now(model)
     ids, mask = _left_padded(rows, tokenizer.pad_token_id or 0, model.device)
     cache = new_cache(model, len(rows), ids.shape[1] + max_new_tokens)
-    eos = _eos_ids(model, tokenizer)
-    tokens = _step(model, ids, mask, cache, rows, sampling)
+    tokens = _step(model, ids, mask, cache, rows)
     cost.prefill_seconds += _now(model) - started
     started = _now(model)
     while True:
-        _accept(rows, tokens.tolist(), eos, max_new_tokens, on_text)
-        running = sum(row.finish_reason is None for row in rows)
+        _accept(rows, tokens, on_text)
+        running = sum(row.text.finish_reason is None for row in rows)
         if not running:
             break
         mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
-        tokens = _step(model, tokens.unsqueeze(1), mask, cache, rows, sampling)
+        tokens = _step(model, ids.new_tensor(tokens).unsqueeze(1), mask, cache, rows)
         cost.decoded_tokens += running
     cost.decode_seconds += _now(model) - started
     cost.nbytes = max(cost.nbytes, cache_nbytes(cache))
@@ -186,15 +181,8 @@ def _run(
         cost.bytes_per_token = max(cost.bytes_per_token, cache_nbytes(cache) // held)
 
 
-def _step(
-    model: Any,
-    ids: Tensor,
-    mask: Tensor,
-    cache: Any,
-    rows: list[_Row],
-    sampling: tuple[float, int, float],
-) -> Tensor:
-    """Feeds ``[B, S]`` tokens and chooses the next ones ``[B]``."""
+def _step(model: Any, ids: Tensor, mask: Tensor, cache: Any, rows: list[_Row]) -> list[int]:
+    """Feeds ``[B, S]`` tokens and chooses the next ones."""
     positions = (mask.cumsum(dim=1) - 1).clamp_min_(0)[:, -ids.shape[1] :]
     output = model(
         input_ids=ids,
@@ -204,41 +192,16 @@ def _step(
         use_cache=True,
         logits_to_keep=1,
     )
-    draws = None
-    if sampling[0]:
-        draws = torch.zeros(len(rows), dtype=torch.float64)
-        for place, row in enumerate(rows):
-            if row.finish_reason is None:
-                draws[place] = torch.rand((), generator=row.generator, dtype=torch.float64)
-    return choose_tokens(output.logits[:, -1], draws, *sampling)
+    return next_tokens(output.logits[:, -1], [row.text for row in rows])
 
 
-def _accept(
-    rows: list[_Row],
-    tokens: list[int],
-    eos: frozenset[int],
-    max_new_tokens: int,
-    on_text: OnText | None,
-) -> None:
+def _accept(rows: list[_Row], tokens: list[int], on_text: OnText | None) -> None:
     """Gives every unfinished row its token, and its text to the listener."""
     for row, token in zip(rows, tokens, strict=True):
-        if row.finish_reason is not None:
-            continue
-        if token in eos:
-            row.finish_reason, piece = "eos", ""
-        else:
-            row.token_ids.append(token)
-            piece = row.stream.push(token)
-            if row.stream.stopped:
-                row.finish_reason = "stop"
-            elif len(row.token_ids) == max_new_tokens:
-                row.finish_reason = "length"
-        if row.finish_reason in ("eos", "length"):
-            piece += row.stream.finish()
-            if row.stream.stopped:
-                row.finish_reason = "stop"
-        if on_text and piece:
-            on_text(row.index, piece)
+        if row.text.finish_reason is None:
+            piece = row.text.accept(token)
+            if on_text and piece:
+                on_text(row.index, piece)
 
 
 def _left_padded(rows: list[_Row], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -278,34 +241,14 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     return ids
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text: the generation config's, else the tokenizer's."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset([eos] if isinstance(eos, int) else eos)
-
-
 def _check(
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    stop: Sequence[str],
-    batch_size: int | None,
+    prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str], batch_size: int | None
 ) -> None:
     for wrong, message in (
         (isinstance(prompts, str), "prompts is one string, not a list of them"),
         (isinstance(stop, str), "stop is one string, not a list of them"),
         (not prompts, "there is no prompt"),
         (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}; at least 1 is needed"),
-        (not temperature >= 0, f"temperature is {temperature}; it must not be negative"),
-        (not 0 <= top_p <= 1, f"top_p is {top_p}; it lies between 0 and 1"),
-        (top_k < 0, f"top_k is {top_k}; it must not be negative"),
-        ("" in stop, "an empty stop string would end every text"),
         (batch_size is not None and batch_size < 1, f"batch_size is {batch_size}"),
     ):
         if wrong:

@@ -1,11 +1,72 @@
-"""The next token of every sequence from its logits."""
+"""The next token of every sequence from its logits, and the wishes that decide it."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from mlakit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one text's tokens are chosen, and where it ends.
+
+    Attributes:
+        max_tokens: most tokens written.
+        temperature: 0 for the most likely token, else the logits are divided by it.
+        top_p: samples from the most likely tokens that reach this probability.
+        top_k: samples from this many tokens; 0 for all.
+        stop: strings that end the text and are not part of it.
+        seed: seed of the sampling; with the prompt it decides the text. None for a new one.
+        logprobs: None for no log-probabilities; n for those of the token chosen and of the n
+            likeliest. They are the model's own: before penalties, bias and temperature.
+        ignore_eos: an end-of-sequence token is a token like any other.
+        presence_penalty: taken from the logit of every token that has been written.
+        frequency_penalty: taken from it once for every time.
+        logit_bias: added to the logits of these tokens.
+
+    Raises:
+        UsageError: a value makes no sense.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        added = (self.presence_penalty, self.frequency_penalty, *self.logit_bias.values())
+        for wrong, message in (
+            (self.max_tokens < 1, f"max_tokens is {self.max_tokens}; at least 1 is needed"),
+            (
+                not 0 <= self.temperature < math.inf,
+                f"temperature is {self.temperature}; it must not be negative",
+            ),
+            (not 0 <= self.top_p <= 1, f"top_p is {self.top_p}; it lies between 0 and 1"),
+            (self.top_k < 0, f"top_k is {self.top_k}; it must not be negative"),
+            (isinstance(self.stop, str), "stop is one string, not a list of them"),
+            ("" in self.stop, "an empty stop string would end every text"),
+            (
+                self.logprobs is not None and self.logprobs < 0,
+                f"logprobs is {self.logprobs}; it must not be negative",
+            ),
+            (not all(map(math.isfinite, added)), "a penalty or a bias is not a finite number"),
+        ):
+            if wrong:
+                raise UsageError(message)
 
 
 def choose_tokens(
@@ -38,13 +99,30 @@ def choose_tokens(
     return order.gather(1, rank).squeeze(1)
 
 
-def row_generator(seed: int, prompt: str, occurrence: int) -> torch.Generator:
+def penalise(logits: Tensor, written: Mapping[int, int], sampling: Sampling) -> None:
+    """Changes one text's logits ``[vocabulary]`` by its penalties and its bias, in place.
+
+    Args:
+        logits: of the next token.
+        written: how often each token has been written, the prompt not counted.
+        sampling: whose ``presence_penalty``, ``frequency_penalty`` and ``logit_bias`` count.
+    """
+    changes = dict(sampling.logit_bias)
+    for token, count in written.items():
+        penalty = sampling.presence_penalty + count * sampling.frequency_penalty
+        changes[token] = changes.get(token, 0.0) - penalty
+    tokens = torch.tensor(list(changes), dtype=torch.long, device=logits.device)
+    logits[tokens] += torch.tensor(list(changes.values())).to(logits)
+
+
+def row_generator(seed: int, prompt_ids: Sequence[int], occurrence: int) -> torch.Generator:
     """The random numbers of one prompt, the same whatever stands beside it in the batch.
 
     Args:
         seed: the run's seed.
-        prompt: the prompt.
+        prompt_ids: the prompt.
         occurrence: how many times the same prompt came before in this run.
     """
-    digest = hashlib.sha256(f"{seed}\n{occurrence}\n{prompt}".encode()).digest()
+    key = f"{seed}\n{occurrence}\n{' '.join(map(str, prompt_ids))}"
+    digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,1 @@
+"""Many requests at once on one converted model: the engine, and the server around it."""
