@@ -115,6 +115,25 @@ def penalise(logits: Tensor, written: Mapping[int, int], sampling: Sampling) -> 
     logits[tokens] += torch.tensor(list(changes.values())).to(logits)
 
 
+def log_probabilities(
+    logits: Tensor, token: int, count: int
+) -> tuple[float, list[tuple[int, float]]]:
+    """Of one token, and of the likeliest ones, in the model's own distribution.
+
+    Args:
+        logits: ``[vocabulary]``.
+        token: the token.
+        count: how many of the likeliest to name; those of equal logits by their numbers.
+
+    Returns:
+        The token's natural log-probability, and tokens with theirs, likeliest first.
+    """
+    levels = logits.double().log_softmax(dim=-1)
+    top, order = levels.sort(descending=True, stable=True)
+    named = zip(order[:count].tolist(), top[:count].tolist(), strict=True)
+    return float(levels[token]), list(named)
+
+
 def row_generator(seed: int, prompt_ids: Sequence[int], occurrence: int) -> torch.Generator:
     """The random numbers of one prompt, the same whatever stands beside it in the batch.
 
