@@ -73,18 +73,17 @@ class Engine:
         max_waiting: int = 256,
         block_size: int = BLOCK_SIZE,
     ) -> None:
-        config: Any = model.config
-        if not isinstance(config, LatentConfig):
+        if not isinstance(model.config, LatentConfig):
             raise UsageError(
-                f"{config.name_or_path or 'this model'} caches keys and values, and the "
+                f"{model.config.name_or_path or 'this model'} caches keys and values, and the "
                 "engine's pages hold latents",
                 remedy="mlakit convert MODEL --equal-cache, which is exact and costs no bytes",
             )
         if min(max_batch_size, prefill_chunk, max_waiting, block_size) < 1:
             raise UsageError("max_batch_size, prefill_chunk, max_waiting and block_size are 1 up")
-        context = int(config.max_position_embeddings)
-        self.max_tokens = min(context, max_tokens_per_request or context)
         self.model, self.tokenizer = model, tokenizer
+        context = int(self.model.config.max_position_embeddings)
+        self.max_tokens = min(context, max_tokens_per_request or context)
         self.max_waiting = max_waiting
         self.pool = _pool(model, cache_bytes, max_batch_size, self.max_tokens, block_size)
         self.scheduler = Scheduler(
