@@ -84,6 +84,9 @@ class RoundedCache(LatentCache):
         how.append(there, slots, rows.flatten(0, 1))
         super().append(layer_idx, how.read(there, slots).view_as(rows))
 
+    def stored(self, layer_idx: int, rows: Tensor) -> Tensor:
+        return self.read(layer_idx, rows.shape[1]).unsqueeze(1)
+
 
 @pytest.mark.parametrize("kind", QUANTISED_ROWS)
 @pytest.mark.parametrize("form", FORMS)
@@ -98,6 +101,29 @@ def test_steps_on_quantised_rows_are_steps_on_what_they_hold(form: str, kind: st
     steps = [in_steps(model, ids, held, (6, 5, *[1] * 10)) for held in (cache, plain)]
     torch.testing.assert_close(*steps, **CLOSE)
     assert cache.nbytes < plain.nbytes
+
+
+@pytest.mark.parametrize("kind", QUANTISED_ROWS)
+@pytest.mark.parametrize("form", FORMS)
+def test_quantised_rows_give_the_same_in_one_chunk_or_several(form: str, kind: str) -> None:
+    """Also the first chunk sees what the pages hold, and left padding changes nothing."""
+    model, ids = latent_model(form=form, cache_format=kind), token_ids(2, 20)
+    logits = []
+    for chunks, padding in (((20,), 0), ((7, 1, 12), 0), ((20,), 3)):
+        cache = LatentCache(attention_specs(model), 2, 23, dtype=torch.float32, block_size=4)
+        if padding:
+            mask = torch.ones(2, 20 + padding, dtype=torch.long)
+            mask[:, :padding] = 0
+            given = torch.cat((ids[:, :padding], ids), dim=1)
+            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            arguments = {"attention_mask": mask, "position_ids": positions}
+            with torch.no_grad():
+                whole = model(input_ids=given, past_key_values=cache, **arguments).logits
+            logits.append(whole[:, padding:])
+        else:
+            logits.append(in_steps(model, ids, cache, chunks))
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], **CLOSE)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -255,6 +255,24 @@ class LatentCache(Cache):
         layer.cache_format.append(layer.pages, self._step_slots, flat)
         layer.columns = self.columns
 
+    def stored(self, layer_idx: int, rows: Tensor) -> Tensor:
+        """The new tokens of a layer as every later step will read them.
+
+        Args:
+            layer_idx: the layer.
+            rows: ``[B, S, W]``, as they were appended.
+
+        Returns:
+            ``[B, 1, S, W]``; padding as it came, and plain numbers too.
+        """
+        layer = self.layers[layer_idx]
+        if layer.cache_format.kind in PLAIN:
+            return rows.unsqueeze(1)
+        held = layer.cache_format.read(layer.pages, self._step_slots, rows.dtype)
+        flat = rows.flatten(0, 1)
+        held = held if self._kept is None else flat.index_copy(0, self._kept, held)
+        return held.view_as(rows).unsqueeze(1)
+
     def read(self, layer_idx: int, count: int) -> Tensor:
         """The last ``count`` tokens of every sequence ``[B, count, W]``, zeros where it is shorter.
 

@@ -198,6 +198,7 @@ class MLAttention(nn.Module):
                 past_key_values.append(self.layer_idx, rows)
                 if past > 0:
                     return self.decode_pages(q_nope, q_rope, past_key_values, **kwargs)
+                latent, k_rope = past_key_values.stored(self.layer_idx, rows).split(sizes, dim=-1)
             else:
                 latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
                 if past > 0:
@@ -367,6 +368,7 @@ class ArticleAttention(MLAttention):
                 c_v, c_k = past_key_values.update(c_v, c_k, self.layer_idx)
             else:
                 past_key_values.append(self.layer_idx, latent[:, 0])
+                c_v, c_k = past_key_values.stored(self.layer_idx, latent[:, 0]).chunk(2, dim=-1)
                 if past > 0:
                     c_v, c_k, attention_mask = self.read_pages(past_key_values, query)
         cos, sin = self.own_angles(key_position_embeddings or position_embeddings)
