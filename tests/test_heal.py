@@ -56,6 +56,7 @@ def test_it_comes_closer_to_the_original(pair: Pair, tmp_path: Path) -> None:
     assert report.after["kl"] == pytest.approx(report.healed.best["kl"], rel=1e-4)
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.count("## Healed") == 1 and "| healed |" in card
+    assert "NOT HEALED" in (pair[1] / "README.md").read_text() and "NOT HEALED" not in card
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["mlakit"]["healed"]["steps"] == report.healed.best["step"]
     assert (tmp_path / "out" / "heal.png").read_bytes().startswith(b"\x89PNG")

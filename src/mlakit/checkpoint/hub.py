@@ -46,7 +46,7 @@ def hub_files(model: str) -> Files:
     from huggingface_hub import HfApi, HfFileSystem, hf_hub_download, snapshot_download
 
     with _hub_errors(model):
-        small = ["config.json", INDEX_NAME, *SIDE_FILES]
+        small = ["config.json", "README.md", INDEX_NAME, *SIDE_FILES]
         folder = Path(snapshot_download(model, allow_patterns=small))
     revision = folder.name
     try:

@@ -25,6 +25,10 @@ def export(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text to read.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    report: Annotated[
+        str | None,
+        typer.Option(help="Report of mlakit eval SOURCE MODEL, for the model card's quality."),
+    ] = None,
 ) -> None:
     """Write a converted checkpoint in the layout of DeepSeek-V3, which engines load.
 
@@ -35,7 +39,16 @@ def export(
     from mlakit.engines.export import LOADS
     from mlakit.engines.export import export as run
 
-    found = run(model, output, to=to, pad=pad, text=text or None, windows=windows, device=device)
+    found = run(
+        model,
+        output,
+        to=to,
+        pad=pad,
+        text=text or None,
+        windows=windows,
+        device=device,
+        report=report,
+    )
     shape, check, console = found.shape, found.check, Console()
     console.print(
         f"[bold]{output}[/bold]: rank {shape.rank} + rope {shape.rope}, heads of {shape.nope} +"

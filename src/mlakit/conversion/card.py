@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlakit import __version__
+from mlakit.checkpoint.origin import front_matter
 from mlakit.conversion.amounts import HELD_OUT, STEP_TOKENS
 from mlakit.conversion.domains import Domain
 from mlakit.conversion.plan import FORMAT_VERSION, ConversionPlan
@@ -19,6 +20,9 @@ DROPPED_KEYS = (
 )
 """Source keys that are respelled below, or that point at code and places of the source."""
 
+
+NOT_HEALED = "> **NOT HEALED.**"
+"""How the line begins that labels a compressed model; healing takes it out of the card."""
 
 FORESEEN = "predicted from the algebra alone, second order, layers added up, before refinement"
 
@@ -81,17 +85,21 @@ def converted_config(
     }
 
 
-def model_card(plan: ConversionPlan) -> str:
-    """``README.md`` of the result, in Markdown."""
+def model_card(plan: ConversionPlan, origin: Mapping[str, Any]) -> str:
+    """``README.md`` of the result, in Markdown.
+
+    Args:
+        plan: the completed plan.
+        origin: base model and licence, see ``mlakit.checkpoint.origin``.
+    """
     source = plan.source_layer
+    tags = ["mlakit", "multi-head-latent-attention", "mla"]
     lines = [
-        "---",
-        "library_name: mlakit",
-        "tags: [mlakit, multi-head-latent-attention, mla]",
-        "---",
+        *front_matter({"library_name": "mlakit", **origin, "tags": tags}),
         "",
         f"# {plan.source} with multi-head latent attention",
         "",
+        *([] if plan.goal.equal_cache else [_not_healed(plan), ""]),
         f"Converted by mlakit {__version__} ({plan.method}) from `{plan.source}`"
         f" (`{plan.model_type}`, fingerprint `{plan.fingerprint[:16]}`). {_promise(plan)}",
         "",
@@ -104,6 +112,8 @@ def model_card(plan: ConversionPlan) -> str:
         f" {size_words(plan)} (`kv_lora_rank`, `qk_rope_head_dim`), stored as {plan.dtype}.",
         "",
         *_calibration_lines(plan),
+        _licence(origin),
+        "",
         "```python",
         "import mlakit",
         "model = mlakit.load('path/to/this/folder')",
@@ -147,7 +157,26 @@ def cached_by(source: AttentionSpec) -> str:
 def _promise(plan: ConversionPlan) -> str:
     if plan.goal.equal_cache:
         return "The cache keeps its size and the model computes the same function as its source."
-    return "The cache is smaller; quality is lost unless the model is healed by training."
+    return "The cache is smaller; this costs quality, which healing wins back."
+
+
+def _not_healed(plan: ConversionPlan) -> str:
+    """The label of a compressed model that nothing has been trained in since."""
+    lost = ""
+    if "held_out_kl" in plan.measured:
+        kl = plan.measured["held_out_kl"]
+        lost = f" Its predictions differ from the source's by {kl:.3g} nats per token (KL"
+        lost += " divergence, held-out calibration text)."
+    return (
+        f"{NOT_HEALED} The cache was compressed and nothing has been trained since.{lost}"
+        " `mlakit heal` wins most of it back."
+    )
+
+
+def _licence(origin: Mapping[str, Any]) -> str:
+    if "license" not in origin:
+        return "The source names no licence in its card; its own terms hold."
+    return f"Licence: {origin.get('license_name', origin['license'])}, as of the source."
 
 
 def _cache_row(name: str, nbytes: int, plan: ConversionPlan) -> str:

@@ -20,6 +20,7 @@ from mlakit.checkpoint import (
     write_json_atomic,
     write_text_atomic,
 )
+from mlakit.checkpoint.origin import origin
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.conversion.adapt import stored_tensors
 from mlakit.conversion.allocate import SEARCH_ROUNDS, Point, all_sizes, next_size, sizes_at, some_of
@@ -254,7 +255,7 @@ class Run:
         folder = self.shards.folder
         copy_side_files(self.checkpoint.path, folder)
         _name_tokenizer_class(self.checkpoint.path, folder)
-        write_text_atomic(folder / "README.md", model_card(plan))
+        write_text_atomic(folder / "README.md", model_card(plan, origin(self.checkpoint)))
         config = converted_config(self.checkpoint.config, plan, self.model, exponent)
         write_json_atomic(folder / "config.json", config)
         self.shards.finish()

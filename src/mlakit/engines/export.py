@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlakit import __version__
 from mlakit.checkpoint import (
     Checkpoint,
     ShardWriter,
@@ -24,6 +23,7 @@ from mlakit.checkpoint import (
     write_text_atomic,
 )
 from mlakit.checkpoint.writing import PARTIAL_SUFFIX
+from mlakit.engines.card import export_card, read_report
 from mlakit.engines.stock import Stock, StockShape
 from mlakit.engines.targets import TARGETS, Target
 from mlakit.errors import UnsupportedModelError, UsageError, VerificationError
@@ -74,6 +74,7 @@ def export(
     text: TextLike = None,
     windows: int = 2,
     device: str = "cpu",
+    report: str | Path | None = None,
 ) -> Exported:
     """Writes a converted checkpoint in the layout that an engine's own class loads.
 
@@ -86,6 +87,8 @@ def export(
         text: what both are compared on; the package's own by default.
         windows: of each text.
         device: where they are compared.
+        report: what ``evaluate`` measured of the model against its source, for the model card:
+            ``report.json`` or its folder.
 
     Raises:
         UsageError: the engine, the model or the folder is of no use here.
@@ -100,6 +103,7 @@ def export(
     checkpoint = open_checkpoint(model)
     spec = read_model(checkpoint.config)
     shape = require_exportable(checkpoint, spec, to, pad)
+    quality = None if report is None else read_report(report, checkpoint)
     folder = Path(output).expanduser()
     _require_new(folder, checkpoint)
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
@@ -108,7 +112,8 @@ def export(
     try:
         _write(checkpoint, spec, Stock(checkpoint.config, shape), partial)
         found = _checked(checkpoint, partial, to, text, windows, device)
-        _finish(checkpoint, partial, to)
+        card = export_card(checkpoint, to, [LOADS[to]], found, quality)
+        _finish(partial, to, card)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -283,22 +288,10 @@ def _checked(
     return found
 
 
-def _finish(checkpoint: Checkpoint, folder: Path, to: str) -> None:
+def _finish(folder: Path, to: str, card: str) -> None:
     """The card, and what an engine wants spelled in a way of its own."""
-    config_path, card = folder / "config.json", checkpoint.path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else "# A latent-attention model\n"
-    lines = [
-        text.rstrip(),
-        "",
-        f"## Exported for {to}",
-        "",
-        f"In DeepSeek-V3's layout, by mlakit {__version__}: the same function, checked against the"
-        " converted model with transformers' own class.",
-        "",
-        f"    {LOADS[to]}",
-        "",
-    ]
-    write_text_atomic(folder / "README.md", "\n".join(lines))
+    config_path = folder / "config.json"
+    write_text_atomic(folder / "README.md", card)
     if to == "llama.cpp":  # its converter knows no missing rank of queries
         import json
 

@@ -19,6 +19,7 @@ from mlakit.checkpoint import (
     write_text_atomic,
 )
 from mlakit.checkpoint.reading import PLAN_NAME
+from mlakit.conversion.card import NOT_HEALED
 from mlakit.errors import MlakitError, UnsupportedModelError
 from mlakit.healing.latent_norm import needed_exponent
 from mlakit.healing.lora import MARK, merge_low_rank
@@ -128,5 +129,6 @@ def write_card(student: Checkpoint, folder: Path, lines: list[str]) -> None:
     path = student.path / "README.md"
     card = path.read_text(encoding="utf-8") if path.exists() else f"# {student.path.name}\n"
     card = card.partition("\n## Healed\n")[0].rstrip()
+    card = "".join(f"{x}\n" for x in card.split("\n") if not x.startswith(NOT_HEALED)).rstrip()
     section = "\n".join(["", "", "## Healed", "", f"By mlakit {__version__}.", "", *lines])
     write_text_atomic(folder / "README.md", f"{card}{section}\n")

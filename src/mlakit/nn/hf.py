@@ -20,6 +20,7 @@ from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import read_model
 from mlakit.nn import configs, models
 from mlakit.nn.cache import LatentCache
+from mlakit.nn.even_latent import even_latents
 from mlakit.spec import QUANTISED_ROWS, AttentionSpec, CacheKind
 
 INDEX = "model.safetensors.index.json"
@@ -52,7 +53,8 @@ def load(
             own by default.
         device: where the model goes.
         cache_format: how ``new_cache`` holds the latents of a converted model: ``fp8``, ``int8`` or
-            ``int4``; as its config says by default.
+            ``int4``; as its config says by default. The weights are then those of the same
+            function in a basis of the latent that suits such a cache (``even_latent``).
 
     Raises:
         MlakitError: the folder is unfinished or incomplete, or transformers cannot read it.
@@ -95,6 +97,8 @@ def load(
                 remedy="convert it first, or leave the cache format out",
             )
         model.config.cache_format = cache_format
+    if getattr(model.config, "cache_format", None):
+        even_latents(model)
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # some versions' SDPA leaves the cap out, silently
     try:
