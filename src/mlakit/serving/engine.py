@@ -80,7 +80,10 @@ class Engine:
                 remedy="mlakit convert MODEL --equal-cache, which is exact and costs no bytes",
             )
         if min(max_batch_size, prefill_chunk, max_waiting, block_size) < 1:
-            raise UsageError("max_batch_size, prefill_chunk, max_waiting and block_size are 1 up")
+            raise UsageError(
+                f"max_batch_size is {max_batch_size}, prefill_chunk {prefill_chunk}, max_waiting "
+                f"{max_waiting} and block_size {block_size}; each is at least 1"
+            )
         self.model, self.tokenizer = model, tokenizer
         context = int(self.model.config.max_position_embeddings)
         self.max_tokens = min(context, max_tokens_per_request or context)
@@ -229,10 +232,10 @@ class Engine:
         with self._wake:
             self.scheduler.waiting.extend(self._arrivals)
             self._arrivals.clear()
+        self.scheduler.admit()
         batch = self.scheduler.decoding()
         if batch:
             self._feed(batch, 1)
-        self.scheduler.admit()
         chunk = self.scheduler.prefilling()
         if chunk:
             self._feed([chunk[0]], chunk[1])

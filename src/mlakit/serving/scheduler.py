@@ -76,7 +76,7 @@ class Scheduler:
         return [job for job in self.running if job.missing == 1]
 
     def admit(self) -> None:
-        """Lets waiting jobs run, in order, while all their tokens and a page per job fit."""
+        """Lets waiting jobs run, in order, while their tokens fit and a page for each runner."""
         while self.waiting and len(self.running) < self.max_batch_size:
             job, ledger = self.waiting[0], self.ledger
             hits = self._find_pages(job)
