@@ -15,7 +15,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"api"},
-    {"serving", "engines"},
+    {"serving", "engines", "comparison"},
     {"conversion.apply", "conversion.verify", "healing", "baselines"},
     {"evaluation"},
     {"generation", "conversion", "benching"},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlakit.benching import bench
+    from mlakit.comparison import compare
     from mlakit.conversion.apply import convert
     from mlakit.engines.export import export
     from mlakit.evaluation import evaluate, verify
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bench",
+    "compare",
     "convert",
     "doctor",
     "evaluate",
@@ -39,6 +41,7 @@ __all__ = [
 
 HOMES = {
     "bench": "mlakit.benching",
+    "compare": "mlakit.comparison",
     "convert": "mlakit.conversion.apply",
     "evaluate": "mlakit.evaluation",
     "export": "mlakit.engines.export",

@@ -18,6 +18,7 @@ import typer
 from mlakit import __version__
 from mlakit.cli import (
     bench,
+    compare,
     convert,
     demo,
     doctor,
@@ -40,7 +41,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, convert, verify, heal, eval, export, generate, bench, trace, demo, doctor):
+for verb in (
+    inspect, convert, verify, heal, eval, compare, export, generate, bench, trace, demo, doctor
+):  # fmt: skip
     name = verb.__name__.rpartition(".")[2]
     app.command(name)(getattr(verb, name))
 

@@ -7,6 +7,7 @@ agree on them.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -151,6 +152,23 @@ def key_value_prompt(
     end = f"{question} {codes[wanted]}"
     text = _spread(facts, wanted, depth, length, end, count_tokens, rng, lines)
     return Probe(text, question, codes[wanted], "key_value", depth)
+
+
+def other_question(probe: Probe) -> Probe:
+    """A second question about the same text: another name's code, half of the pairs away.
+
+    Raises:
+        MlakitError: the text holds one code or none.
+    """
+    pairs = re.findall(code_line(r"(\w+)", r"(\d+)"), probe.text)
+    if len(pairs) < 2:
+        raise MlakitError("a second question needs a text with two codes")
+    asked = [code for _, code in pairs].index(probe.answer)
+    other = (asked + len(pairs) // 2) % len(pairs)
+    name, code = pairs[other]
+    return Probe(
+        probe.text, code_question(name), code, "key_value", round(other / (len(pairs) - 1), 2)
+    )
 
 
 def _spread(

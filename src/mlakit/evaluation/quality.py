@@ -197,7 +197,7 @@ def score_windows(
         ours = _finite_logits(source, ids[:-1], windows.prefix_length)
         theirs = None if result is None else _finite_logits(result, ids[:-1], windows.prefix_length)
         targets = ids[windows.prefix_length + 1 :].to(ours.device)
-        rows.append(_score_rows(ours, theirs, targets))
+        rows.append(score_rows(ours, theirs, targets))
         if progress:
             progress("quality", index + 1, len(windows.ids))
     return TokenScores(*(np.stack(column) for column in zip(*rows, strict=True)))
@@ -205,18 +205,27 @@ def score_windows(
 
 def _finite_logits(subject: Subject, ids: torch.Tensor, prefix_length: int) -> torch.Tensor:
     logits = continuation_logits(subject.model, ids, prefix_length)
+    require_finite(subject, logits)
+    return logits
+
+
+def require_finite(subject: Subject, logits: torch.Tensor) -> None:
+    """Refuses a source whose own logits are NaN or infinite."""
     if not torch.isfinite(logits).all():
         raise MlakitError(
             f"{subject.name} computes NaN or infinite logits in {subject.dtype}",
             remedy="try --dtype float32; if that fails too, the weights are damaged",
         )
-    return logits
 
 
-def _score_rows(
+def score_rows(
     source: torch.Tensor, result: torch.Tensor | None, targets: torch.Tensor
 ) -> list[np.ndarray]:
-    """NLL, and with a result its NLL, KL and equality of the top token, [S] each."""
+    """Scores of one continuation: logits [S, vocabulary], targets [S].
+
+    Returns:
+        NLL, and with a result its NLL, KL and equality of the top token, float64 [S] each.
+    """
     blocks = []
     for start in range(0, len(targets), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)

@@ -7,6 +7,7 @@ every one of its tokens is the model's most likely one: exactly then greedy deco
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -52,12 +53,7 @@ def measure_recall(
     """
     if trials < 1:
         raise UsageError(f"recall needs at least one trial, not {trials}")
-    chosen = lengths or recall_lengths(source.context)
-    plan: list[tuple[RecallKind, int, float]] = []
-    for kind in ("passkey", "key_value"):
-        for length in chosen:
-            if lengths or _fits(kind, length, source):
-                plan += [(kind, length, depth) for depth in depths]
+    plan = recall_plan(source, lengths, depths)
     cells = []
     for index, (kind, length, depth) in enumerate(plan):
         probes = [make_probe(kind, length, depth, source, seed + t) for t in range(trials)]
@@ -76,6 +72,18 @@ def measure_recall(
     return Recall(cells=cells) if cells else None
 
 
+def recall_plan(
+    source: Subject, lengths: Sequence[int] | None = None, depths: Sequence[float] = DEPTHS
+) -> list[tuple[RecallKind, int, float]]:
+    """Kind, length and depth of every probe; default lengths that a kind does not fit are out."""
+    plan: list[tuple[RecallKind, int, float]] = []
+    for kind in ("passkey", "key_value"):
+        for length in lengths or recall_lengths(source.context):
+            if lengths or _fits(kind, length, source):
+                plan += [(kind, length, depth) for depth in depths]
+    return plan
+
+
 def make_probe(kind: RecallKind, length: int, depth: float, subject: Subject, seed: int) -> Probe:
     """A probe that takes at most ``length`` tokens of the subject's tokenizer, bos included."""
     count_tokens = token_counter(subject)
@@ -90,15 +98,37 @@ def make_probe(kind: RecallKind, length: int, depth: float, subject: Subject, se
 
 def finds(subject: Subject, probe: Probe) -> bool:
     """Whether greedy decoding writes the probe's answer after the cached text and the question."""
+    asked = tokenise(subject, probe)
+    logits = continuation_logits(subject.model, asked.ids[:-1], asked.text_length)
+    return asked.answered(logits)
+
+
+class Asked(NamedTuple):
+    """A probe in tokens: text, question and answer.
+
+    Attributes:
+        ids: all of them, ``[T]``.
+        text_length: tokens of the text; the question begins after them.
+        answer_length: tokens of the answer, the last ones.
+    """
+
+    ids: torch.Tensor
+    text_length: int
+    answer_length: int
+
+    def answered(self, logits: torch.Tensor) -> bool:
+        """Whether the last logits ``[S, vocabulary]`` are those of the answer, token by token."""
+        greedy = logits[-self.answer_length :].argmax(-1).cpu()
+        return bool((greedy == self.ids[-self.answer_length :]).all())
+
+
+def tokenise(subject: Subject, probe: Probe) -> Asked:
+    """The tokens of a probe, where its text ends and where its answer begins."""
     text = _ids(subject, probe.text)
     prompt = _ids(subject, probe.prompt)
     whole = _ids(subject, f"{probe.prompt} {probe.answer}")
-    prefix_length = _common(text, whole)
-    answer_length = len(whole) - _common(prompt, whole)
     ids = torch.tensor(whole)
-    logits = continuation_logits(subject.model, ids[:-1], prefix_length)
-    greedy = logits[-answer_length:].argmax(-1).cpu()
-    return bool((greedy == ids[-answer_length:]).all())
+    return Asked(ids, _common(text, whole), len(whole) - _common(prompt, whole))
 
 
 def token_counter(subject: Subject) -> Callable[[str], int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +198,21 @@ def cache_nbytes(cache: Cache) -> int:
     if isinstance(cache, LatentCache):
         return cache.nbytes
     storages = {}
-    for layer in cache.layers:
-        for tensor in vars(layer).values():
-            if isinstance(tensor, torch.Tensor) and tensor.dim() > 0:
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+    for tensor in _tensors([vars(layer) for layer in cache.layers]):
+        if tensor.dim() > 0:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested lists, dicts and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))

@@ -283,9 +283,12 @@ class LayerError(Record):
 
 
 class Environment(Record):
-    """Where and how the numbers were taken; enough to take them again."""
+    """Where and how the numbers were taken; enough to take them again.
 
-    created: str
+    ``created`` is None where the same run is to give the same file.
+    """
+
+    created: str | None
     command: str
     seed: int
     device: str

@@ -1,0 +1,25 @@
+"""The other ways to shrink a cache, one file per family, on three hooks.
+
+A cache layer that packs a prefix (``prefix.PrefixLayer``), the queries of every attention call
+(``prefix.SeenQueries``), and changed weights (``weights.copied``).
+"""
+
+from __future__ import annotations
+
+from mlakit.baselines import bits, tokens
+from mlakit.baselines.method import Bench, Method, Setting, Variant, require_plain
+from mlakit.baselines.prefix import Prefix, read_prefix
+
+__all__ = [
+    "METHODS",
+    "Bench",
+    "Method",
+    "Prefix",
+    "Setting",
+    "Variant",
+    "read_prefix",
+    "require_plain",
+]
+
+METHODS: tuple[Method, ...] = (*bits.METHODS, *tokens.METHODS)
+"""Every method of this room, in the order that tables have."""

@@ -1,0 +1,132 @@
+"""What a way to shrink a cache is: a record of it, its settings, and what one setting runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import Cache, PreTrainedModel
+
+from mlakit.baselines.prefix import Prefix
+from mlakit.errors import UnsupportedModelError
+from mlakit.evaluation import Subject
+from mlakit.reporting.comparison import Family
+from mlakit.spec import AttentionSpec, ModelSpec
+
+
+class Setting(NamedTuple):
+    """One dose of a method: how tables call it, and the number that ``build`` gets."""
+
+    label: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a method may work with.
+
+    Attributes:
+        source: the model to shrink; it is never changed.
+        spec: the same as plain data.
+        path: its folder.
+        workspace: folder for checkpoints that a method writes.
+        seed: of everything random.
+    """
+
+    source: Subject
+    spec: ModelSpec
+    path: Path
+    workspace: Path
+    seed: int
+
+    @property
+    def layer(self) -> AttentionSpec:
+        """The first layer; all are alike where ``require_plain`` let the model pass."""
+        return self.spec.layers[0]
+
+
+def exact(prefix: Prefix) -> Cache:
+    """The cache as the model itself filled it."""
+    return prefix.copy()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one point runs.
+
+    Attributes:
+        model: the source itself, or a changed copy of it.
+        compress: makes the cache that the continuation reads from an exactly cached prefix, which
+            it leaves as it is.
+        needs_queries: ``compress`` reads the queries of the prefix.
+        calibration_tokens: tokens that were looked at to choose numbers.
+        trained_tokens: tokens that gradients were taken on.
+    """
+
+    model: PreTrainedModel
+    compress: Callable[[Prefix], Cache] = exact
+    needs_queries: bool = False
+    calibration_tokens: int = 0
+    trained_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to shrink a cache.
+
+    Attributes:
+        name: as ``--methods`` spells it.
+        title: as tables print it.
+        family: what it shrinks; points of a family have one colour.
+        source: where it comes from.
+        differs: what of the original this does not reproduce, one sentence.
+        settings: the doses to measure for a model and the shares of its cache asked for.
+        build: what one of them runs.
+    """
+
+    name: str
+    title: str
+    family: Family
+    source: str
+    differs: str
+    settings: Callable[[ModelSpec, Sequence[float]], list[Setting]]
+    build: Callable[[Bench, float], Variant]
+
+
+def by_share(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
+    """One setting for each share of the cache."""
+    return [Setting(f"{100 * share:g} %", share) for share in budgets if share < 1]
+
+
+def require_plain(spec: ModelSpec, length: int) -> None:
+    """Refuses models whose cache the methods here would misread.
+
+    Args:
+        spec: the model.
+        length: the longest sequence that will be cached.
+
+    Raises:
+        UnsupportedModelError: latent attention, soft-capped scores, layers that differ, or a
+            sliding window below ``length``.
+    """
+    layers = spec.layers
+    reasons = {
+        "its attention is latent already": any(x.kv_lora_rank is not None for x in layers),
+        "its scores are soft-capped": any(x.logit_softcap for x in layers),
+        "its layers cache different widths": len({x.cache_width for x in layers}) > 1,
+        f"a sliding window is below {length} tokens": any(
+            x.sliding_window is not None and x.sliding_window < length for x in layers
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UnsupportedModelError(
+                f"compare does not take this model: {reason}",
+                remedy="compare the model it was converted from; for two models use mlakit eval"
+                if "latent" in reason
+                else "shorten the windows with --prefix-length and --suffix-length"
+                if "window" in reason
+                else "for its conversion alone use mlakit eval MODEL RESULT",
+            )

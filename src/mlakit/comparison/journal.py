@@ -1,0 +1,76 @@
+"""Finished points on disk, so that a run that was cut off goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from mlakit.checkpoint import write_json_atomic, write_text_atomic
+from mlakit.errors import MlakitError, UsageError
+from mlakit.reporting.comparison import Missing, Point
+
+RUN_NAME, POINTS, MODELS = "run.json", "points", "models"
+
+
+class Journal:
+    """The folder of a comparison.
+
+    Args:
+        folder: new, empty, or left by the same comparison.
+        identity: of the comparison, see ``plan.identity``.
+
+    Raises:
+        UsageError: the folder holds something else.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder = folder
+        record = folder / RUN_NAME
+        if record.is_file():
+            if json.loads(record.read_text(encoding="utf-8")).get("identity") != identity:
+                raise UsageError(
+                    f"{folder} holds another comparison (model, text, lengths, seed, dtype, "
+                    "device or version differ)",
+                    remedy="choose another folder, or delete this one",
+                )
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(
+                f"{folder} is not empty and was not made by mlakit compare",
+                remedy="choose a new folder; nothing is ever overwritten",
+            )
+        (folder / POINTS).mkdir(parents=True, exist_ok=True)
+        write_json_atomic(record, {"identity": identity})
+
+    @property
+    def models(self) -> Path:
+        """Where methods write checkpoints."""
+        return self.folder / MODELS
+
+    def find(self, method: str, setting: str) -> Point | Missing | None:
+        """A point that an earlier run finished, or why there is none."""
+        path = self._path(method, setting)
+        if not path.is_file():
+            return None
+        text = path.read_text(encoding="utf-8")
+        try:
+            kind = Missing if "reason" in json.loads(text) else Point
+            return kind.model_validate_json(text)
+        except ValueError as error:
+            raise MlakitError(
+                f"{path} cannot be read: {error}", remedy="delete it; it is measured again"
+            ) from error
+
+    def keep(self, point: Point | Missing) -> None:
+        """Writes a finished point, whole or not at all."""
+        path = self._path(point.method, point.setting)
+        write_text_atomic(path, point.model_dump_json(indent=1))
+
+    def close(self) -> None:
+        """Deletes the checkpoints that were only needed on the way."""
+        shutil.rmtree(self.models, ignore_errors=True)
+
+    def _path(self, method: str, setting: str) -> Path:
+        name = re.sub(r"[^\w.]+", "-", f"{method} {setting}").strip("-")
+        return self.folder / POINTS / f"{name}.json"

@@ -1,0 +1,116 @@
+"""Latent attention as rows of a comparison: what ``mlakit convert`` makes, alone and quantised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from mlakit.baselines import Bench, Method, Setting, Variant
+from mlakit.baselines.method import by_share
+from mlakit.conversion.apply import convert
+from mlakit.conversion.budget import AUTO_STEPS
+from mlakit.conversion.rotary_sizes import rope_choices
+from mlakit.data import SourceLike
+from mlakit.nn.hf import load
+from mlakit.spec import CacheKind, ModelSpec
+
+PAPER = "TransMLA, arXiv 2502.07864"
+OURS = "mlakit convert (docs/conversion.md)"
+
+
+def _equal(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
+    return [Setting("100 %", 1.0)]
+
+
+def _ranks(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
+    """The same conversions as by share; what they cache is smaller still."""
+    return [Setting(f"rank of {item.label}", item.value) for item in by_share(spec, budgets)]
+
+
+def _published(spec: ModelSpec, share: float) -> dict[str, Any]:
+    """Sizes for the published method: as many rotary dimensions as take half of the cache."""
+    layer = spec.layers[0]
+    width = int(share * layer.cache_width + 1e-9)
+    fitting = [size for size in rope_choices(layer, "transmla") if 2 * size <= width]
+    rope = fitting[-1] if fitting else rope_choices(layer, "transmla")[0]
+    return {"method": "transmla", "cache_ratio": share, "qk_rope_head_dim": rope}
+
+
+def _build(
+    options: dict[str, Any],
+    calibration: SourceLike | Sequence[SourceLike] | None,
+    cache_format: CacheKind | None,
+    bench: Bench,
+    share: float,
+) -> Variant:
+    """Converts into the workspace, or takes what an earlier run left there, and loads it."""
+    goal = dict(options)
+    if share >= 1:
+        goal = {"equal_cache": True}
+    elif goal.pop("published", False):
+        goal |= _published(bench.spec, share)
+    else:
+        goal["cache_ratio"] = share
+    name = json.dumps(goal, sort_keys=True)
+    folder = bench.workspace / "".join(c if c.isalnum() or c == "." else "_" for c in name)
+    model = bench.source.model
+    plan = convert(
+        bench.path,
+        folder,
+        calibration=None if share >= 1 else calibration,
+        seed=bench.seed,
+        dtype=bench.source.dtype,
+        device=str(model.device),
+        **goal,
+    )
+    loaded = load(folder, dtype=model.dtype, device=model.device, cache_format=cache_format)
+    read = plan.calibration.tokens if plan.calibration else 0
+    return Variant(loaded, calibration_tokens=read, trained_tokens=read if plan.goal.steps else 0)
+
+
+def latent_methods(
+    calibration: SourceLike | Sequence[SourceLike] | None,
+) -> tuple[Method, ...]:
+    """The rows of latent attention.
+
+    Args:
+        calibration: texts to calibrate with; the package's own if None.
+    """
+
+    def method(
+        name: str, title: str, source: str, differs: str, settings: Any, options: dict[str, Any],
+        cache_format: CacheKind | None = None,
+    ) -> Method:  # fmt: skip
+        build = partial(_build, options, calibration, cache_format)
+        return Method(name, title, "latent", source, differs, settings, build)
+
+    return (
+        method(
+            "mla-equal", "MLA, equal cache", PAPER,
+            "Theorem 1 in the form that absorbs; nothing was trained after it.",
+            _equal, {},
+        ),
+        method(
+            "mla", "MLA, closed form", OURS,
+            "The product's own conversion without its gradient steps; not healed.",
+            by_share, {"refine_steps": 0},
+        ),
+        method(
+            "mla-refined", "MLA, refined", OURS,
+            f"The product's default: {AUTO_STEPS} gradient steps a layer towards the source's "
+            "outputs; not healed.",
+            by_share, {},
+        ),
+        method(
+            "mla-published", "MLA, published", PAPER,
+            "The published algebra at the same bytes, without the training that the paper adds.",
+            by_share, {"published": True},
+        ),
+        method(
+            "mla-int4", "MLA, closed form + int4", OURS,
+            "Latents in 4 bits, the rotary part in 16; rank and bits are not chosen jointly.",
+            _ranks, {"refine_steps": 0}, "int4",
+        ),
+    )  # fmt: skip

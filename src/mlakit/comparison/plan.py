@@ -1,0 +1,93 @@
+"""What a comparison will measure, decided before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mlakit.baselines import METHODS, Method, Setting, Variant
+from mlakit.comparison.latent import latent_methods
+from mlakit.data import SourceLike
+from mlakit.errors import UsageError
+from mlakit.reporting.comparison import MethodEntry
+from mlakit.spec import ModelSpec
+
+BUDGETS = (0.5, 0.25, 0.125)
+"""Shares of the source's own cache, beside all of it."""
+
+Steps = tuple[tuple[Method, tuple[Setting, ...]], ...]
+
+ORIGINAL = Method(
+    "original",
+    "original",
+    "original",
+    "the model as it is",
+    "Nothing is changed.",
+    lambda spec, budgets: [Setting("100 %", 1.0)],
+    lambda bench, share: Variant(bench.source.model, needs_queries=True),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Methods with their settings.
+
+    Attributes:
+        budgets: shares of the source's cache, descending.
+        steps: every method and what of it is measured, the original first.
+    """
+
+    budgets: tuple[float, ...]
+    steps: Steps
+
+    @property
+    def entries(self) -> list[MethodEntry]:
+        """The methods as reports introduce them."""
+        return [
+            MethodEntry(
+                name=m.name, title=m.title, family=m.family, source=m.source, differs=m.differs
+            )
+            for m, _ in self.steps
+        ]
+
+
+def all_methods(
+    calibration: SourceLike | Sequence[SourceLike] | None = None,
+) -> tuple[Method, ...]:
+    """Every method there is, latent attention first."""
+    return (*latent_methods(calibration), *METHODS)
+
+
+def make_plan(
+    spec: ModelSpec,
+    *,
+    methods: Sequence[str] | None,
+    budgets: Sequence[float],
+    calibration: SourceLike | Sequence[SourceLike] | None,
+) -> Plan:
+    """Chooses methods and settings.
+
+    Raises:
+        UsageError: an unknown method, or a budget that is no share.
+    """
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise UsageError(
+                f"a budget of {budget:g} is not a share of the cache",
+                remedy="give shares between 0 and 1: 0.5,0.25,0.125",
+            )
+    known = {method.name: method for method in all_methods(calibration)}
+    names = list(dict.fromkeys(methods if methods is not None else known))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no method {name!r}", remedy=f"known: {', '.join(known)}")
+    shares = tuple(sorted(set(budgets), reverse=True))
+    chosen = (ORIGINAL, *(known[name] for name in names))
+    return Plan(shares, tuple((m, tuple(m.settings(spec, shares))) for m in chosen))
+
+
+def identity(parts: Mapping[str, object]) -> str:
+    """A hash of everything that a point depends on beside its method and setting."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
