@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlakit.inspection import inspect
     from mlakit.nn.hf import load, register
     from mlakit.nn.trace import track_shapes
+    from mlakit.serving.http.serve import serve
     from mlakit.spec import CacheKind
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "inspect",
     "load",
     "register",
+    "serve",
     "track_shapes",
     "verify",
 ]
@@ -49,6 +51,7 @@ HOMES = {
     "inspect": "mlakit.inspection",
     "load": "mlakit.nn.hf",
     "register": "mlakit.nn.hf",
+    "serve": "mlakit.serving.http.serve",
     "track_shapes": "mlakit.nn.trace",
     "verify": "mlakit.evaluation",
 }

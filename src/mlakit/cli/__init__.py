@@ -27,6 +27,7 @@ from mlakit.cli import (
     generate,
     heal,
     inspect,
+    serve,
     trace,
     verify,
 )
@@ -34,7 +35,7 @@ from mlakit.errors import MlakitError, UsageError
 
 app = typer.Typer(
     name="mlakit",
-    help="Multi-head Latent Attention for any checkpoint: look, convert, verify, heal, generate.",
+    help="Multi-head Latent Attention for any checkpoint: look, convert, verify, heal, serve.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,8 +43,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (
-    inspect, convert, verify, heal, eval, compare, export, generate, bench, trace, demo, doctor
-):  # fmt: skip
+    *(inspect, convert, verify, heal, eval, compare, export, generate, serve),
+    *(bench, trace, demo, doctor),
+):
     name = verb.__name__.rpartition(".")[2]
     app.command(name)(getattr(verb, name))
 

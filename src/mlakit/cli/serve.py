@@ -1,0 +1,154 @@
+"""``mlakit serve``: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlakit.errors import MlakitError
+from mlakit.spec import CacheKind
+
+if TYPE_CHECKING:
+    from mlakit.serving.plan import CachePlan
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Converted checkpoint: folder or hub id.")],
+    engine_options: Annotated[
+        list[str] | None, typer.Argument(help="After --: options of vLLM itself.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key that /v1 asks for; better: the variable MLAKIT_API_KEY."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model; default: the folder's name.")
+    ] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences written at once; default: 32.")
+    ] = None,
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(help="For the cache: 2GiB, or a share of the free memory: 0.5 or 50%."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a prompt with its text; default: the context."),
+    ] = None,
+    max_waiting: Annotated[
+        int | None, typer.Option(min=1, help="Sequences that may wait; default: 256.")
+    ] = None,
+    max_body: Annotated[
+        str | None, typer.Option(help="Size of a request's body; default: 4MiB.")
+    ] = None,
+    cache_format: Annotated[
+        CacheKind | None, typer.Option(help="Quantise the cached latents.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File with a Jinja template, instead of the tokenizer's.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Site whose pages may use the server; repeatable; '*': all."),
+    ] = None,
+    drain_timeout: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds that requests have to end after SIGTERM; default: 30."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="mlakit, or vllm to hand over to it.")] = "mlakit",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only check; print what the cache holds, or the command."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print one JSON object.")
+    ] = False,
+) -> None:
+    """Serve a converted checkpoint to OpenAI clients, many requests at once.
+
+    /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics, /openapi.json.
+    """
+    try:
+        from mlakit.serving.http.serve import serve as run
+        from mlakit.serving.plan import CachePlan
+    except ModuleNotFoundError as error:
+        raise MlakitError(
+            f"{error.name} is not installed, and serve needs it",
+            remedy="pip install 'mlakit[serve]'",
+        ) from error
+    _log_to_stderr()
+    found = run(
+        model,
+        host=host,
+        port=port,
+        api_key=api_key,
+        name=name,
+        max_batch_size=max_batch_size,
+        cache_memory=cache_memory,
+        max_tokens=max_tokens,
+        max_waiting=max_waiting,
+        max_body=max_body,
+        cache_format=cache_format,
+        dtype=dtype,
+        device=device,
+        chat_template=chat_template,
+        cors_origin=cors_origin or (),
+        drain_timeout=drain_timeout,
+        engine=engine,
+        engine_options=engine_options or (),
+        dry_run=dry_run,
+    )
+    if isinstance(found, CachePlan):
+        typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else in_words(found))
+    elif found is not None:
+        typer.echo(json.dumps({"command": found.arguments}) if as_json else str(found))
+
+
+def in_words(plan: CachePlan) -> str:
+    """A plan for a terminal."""
+    rows = (
+        ("model", f"{plan.model}, weights {_size(plan.weight_bytes)}"),
+        (
+            "cache",
+            f"{_size(plan.cache_bytes)}: {plan.pages:,} pages of {plan.block_size} tokens,"
+            f" {plan.bytes_per_token:,} bytes per token",
+        ),
+        ("fits", f"{plan.tokens:,} tokens"),
+        (
+            "requests",
+            f"{plan.requests:,} of {plan.request_tokens:,} tokens fit at once; at most"
+            f" {plan.max_batch_size:,} are written at once",
+        ),
+    )
+    return "\n".join(f"{name:<9}{words}" for name, words in rows)
+
+
+def _size(count: int) -> str:
+    """Bytes with a unit that suits them."""
+    from mlakit.inspection.measure import format_bytes
+
+    return format_bytes(count)
+
+
+def _log_to_stderr() -> None:
+    """The server's own lines and one JSON line per request."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("mlakit")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

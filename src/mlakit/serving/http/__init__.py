@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: HTTP in, tokens of the engine out."""
