@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mlakit.errors import MlakitError
 from mlakit.spec import CacheKind
-
-if TYPE_CHECKING:
-    from mlakit.serving.plan import CachePlan
 
 
 def serve(
@@ -82,66 +79,27 @@ def serve(
 
     /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics, /openapi.json.
     """
+    options = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
+    from mlakit.serving.http.serve import serve as run
+
+    _log_to_stderr()
     try:
-        from mlakit.serving.http.serve import serve as run
-        from mlakit.serving.plan import CachePlan
+        found = run(
+            model,
+            engine_options=engine_options or (),
+            dry_run=dry_run,
+            **options | {"cors_origin": cors_origin or ()},
+        )
     except ModuleNotFoundError as error:
         raise MlakitError(
             f"{error.name} is not installed, and serve needs it",
             remedy="pip install 'mlakit[serve]'",
         ) from error
-    _log_to_stderr()
-    found = run(
-        model,
-        host=host,
-        port=port,
-        api_key=api_key,
-        name=name,
-        max_batch_size=max_batch_size,
-        cache_memory=cache_memory,
-        max_tokens=max_tokens,
-        max_waiting=max_waiting,
-        max_body=max_body,
-        cache_format=cache_format,
-        dtype=dtype,
-        device=device,
-        chat_template=chat_template,
-        cors_origin=cors_origin or (),
-        drain_timeout=drain_timeout,
-        engine=engine,
-        engine_options=engine_options or (),
-        dry_run=dry_run,
-    )
-    if isinstance(found, CachePlan):
-        typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else in_words(found))
-    elif found is not None:
-        typer.echo(json.dumps({"command": found.arguments}) if as_json else str(found))
+    if found is not None:
+        typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else str(found))
 
 
-def in_words(plan: CachePlan) -> str:
-    """A plan for a terminal."""
-    rows = (
-        ("model", f"{plan.model}, weights {_size(plan.weight_bytes)}"),
-        (
-            "cache",
-            f"{_size(plan.cache_bytes)}: {plan.pages:,} pages of {plan.block_size} tokens,"
-            f" {plan.bytes_per_token:,} bytes per token",
-        ),
-        ("fits", f"{plan.tokens:,} tokens"),
-        (
-            "requests",
-            f"{plan.requests:,} of {plan.request_tokens:,} tokens fit at once; at most"
-            f" {plan.max_batch_size:,} are written at once",
-        ),
-    )
-    return "\n".join(f"{name:<9}{words}" for name, words in rows)
-
-
-def _size(count: int) -> str:
-    """Bytes with a unit that suits them."""
-    from mlakit.inspection.measure import format_bytes
-
-    return format_bytes(count)
+NOT_OPTIONS = ("model", "engine_options", "dry_run", "as_json")
 
 
 def _log_to_stderr() -> None:

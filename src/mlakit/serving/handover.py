@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from mlakit.account import parse_bytes
 from mlakit.errors import MlakitError, UsageError
+from mlakit.serving.options import ServeOptions
 from mlakit.serving.plan import share_of
 
 KEY = "VLLM_API_KEY"
@@ -44,6 +45,10 @@ class Handover:
         """The command, secrets left out."""
         return shlex.join(self.arguments)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, secrets left out."""
+        return {"command": list(self.arguments)}
+
     def run(self) -> NoReturn:
         """Becomes vLLM.
 
@@ -62,66 +67,41 @@ class Handover:
         os.execvpe(program, [program, *self.arguments[1:]], os.environ | self.environment)
 
 
-def hand_over(
-    model: str | Path,
-    *,
-    host: str,
-    port: int,
-    api_key: str | None = None,
-    name: str,
-    max_batch_size: int | None = None,
-    cache_memory: str | None = None,
-    max_tokens: int | None = None,
-    dtype: str | None = None,
-    chat_template: str | Path | None = None,
-    cors_origin: Sequence[str] = (),
-    drain_timeout: float | None = None,
-    extra: Sequence[str] = (),
-    **others: Any,
-) -> Handover:
-    """The command for vLLM.
+def hand_over(model: str | Path, options: ServeOptions, extra: Sequence[str] = ()) -> Handover:
+    """The command for vLLM; what is not given is left to vLLM, but not where it listens.
 
     Args:
         model: folder or hub id that vLLM loads.
-        host: as of ``serve``, like all that follow; None leaves the choice to vLLM.
-        port: likewise.
-        api_key: likewise.
-        name: likewise.
-        max_batch_size: likewise.
-        cache_memory: likewise, in bytes.
-        max_tokens: likewise.
-        dtype: likewise.
-        chat_template: likewise.
-        cors_origin: likewise.
-        drain_timeout: likewise.
+        options: how it is served.
         extra: vLLM's own options, passed as they are.
-        **others: options that vLLM has no word for; none may have a value.
 
     Raises:
         UsageError: an option has no counterpart.
     """
-    for option, value in others.items():
-        if value is not None:
-            raise UsageError(
-                f"--{option.replace('_', '-')} has no counterpart in vLLM",
-                remedy=NO_COUNTERPART[option],
-            )
-    if cache_memory is not None and share_of(cache_memory) is not None:
+    for option, remedy in NO_COUNTERPART.items():
+        if getattr(options, option) is not None:
+            name = option.replace("_", "-")
+            raise UsageError(f"--{name} has no counterpart in vLLM", remedy=remedy)
+    memory, drain = options.cache_memory, options.drain_timeout
+    if memory is not None and share_of(memory) is not None:
         raise UsageError(
             "a share of free memory has no counterpart in vLLM, which counts weights in its own",
             remedy="give bytes: --cache-memory 2GiB, or --gpu-memory-utilization after --",
         )
-    words: list[Any] = ["vllm", "serve", model, "--host", host, "--port", port]
-    words += ["--served-model-name", name]
+    origins = list(options.cors_origin)
+    words: list[Any] = ["vllm", "serve", model]
     for option, value in (
-        ("--max-num-seqs", max_batch_size),
-        ("--kv-cache-memory-bytes", None if cache_memory is None else parse_bytes(cache_memory)),
-        ("--max-model-len", max_tokens),
-        ("--dtype", dtype),
-        ("--chat-template", chat_template),
-        ("--allowed-origins", json.dumps(list(cors_origin)) if cors_origin else None),
-        ("--shutdown-timeout", None if drain_timeout is None else round(drain_timeout)),
+        ("--host", options.host),
+        ("--port", options.port),
+        ("--served-model-name", options.called(model)),
+        ("--max-num-seqs", options.max_batch_size),
+        ("--kv-cache-memory-bytes", None if memory is None else parse_bytes(memory)),
+        ("--max-model-len", options.max_tokens),
+        ("--dtype", options.dtype),
+        ("--chat-template", options.chat_template),
+        ("--allowed-origins", json.dumps(origins) if origins else None),
+        ("--shutdown-timeout", None if drain is None else round(drain)),
     ):
         words += [] if value is None else [option, value]
-    environment = {} if api_key is None else {KEY: api_key}
+    environment = {} if options.key is None else {KEY: options.key}
     return Handover(tuple(map(str, (*words, *extra))), environment)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from mlakit.checkpoint import Checkpoint, open_checkpoint
 from mlakit.errors import MlakitError, UsageError
 from mlakit.families import read_model
 from mlakit.families.model import tensor_shapes
-from mlakit.spec import BLOCK_SIZE, AttentionSpec, CacheKind, ModelSpec
+from mlakit.inspection.measure import format_bytes
+from mlakit.serving.options import DEFAULTS, ServeOptions
+from mlakit.spec import BLOCK_SIZE, ModelSpec
 
 CONVERTED = "mla_"
 """What the model_type of a converted checkpoint begins with."""
@@ -25,78 +26,64 @@ class CachePlan:
     Attributes:
         model: its name.
         weight_bytes: of the checkpoint.
-        bytes_per_token: of cache, all layers together.
-        block_size: tokens per page.
-        pages: in the pool.
+        pages: in the pool, of 64 tokens each.
         cache_bytes: of all pages.
-        tokens: that fit at once, each counted once however many requests share it.
         request_tokens: most tokens of one request.
-        requests: of that length that fit at once.
         max_batch_size: most requests that run at once.
     """
 
     model: str
     weight_bytes: int
-    bytes_per_token: int
-    block_size: int
     pages: int
     cache_bytes: int
-    tokens: int
     request_tokens: int
-    requests: int
     max_batch_size: int
 
-    @classmethod
-    def of(
-        cls,
-        model: str,
-        weight_bytes: int,
-        page_bytes: int,
-        pages: int,
-        request_tokens: int,
-        max_batch_size: int,
-    ) -> CachePlan:
-        """The plan of so many pages."""
-        return cls(
-            model=model,
-            weight_bytes=weight_bytes,
-            bytes_per_token=page_bytes // BLOCK_SIZE,
-            block_size=BLOCK_SIZE,
-            pages=pages,
-            cache_bytes=pages * page_bytes,
-            tokens=pages * BLOCK_SIZE,
-            request_tokens=request_tokens,
-            requests=pages // -(-request_tokens // BLOCK_SIZE),
-            max_batch_size=max_batch_size,
-        )
+    @property
+    def bytes_per_token(self) -> int:
+        """Of cache, all layers together."""
+        return self.cache_bytes // self.tokens
+
+    @property
+    def tokens(self) -> int:
+        """That fit at once, each counted once however many requests share it."""
+        return self.pages * BLOCK_SIZE
+
+    @property
+    def requests(self) -> int:
+        """Of full length that fit at once."""
+        return self.pages // -(-self.request_tokens // BLOCK_SIZE)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        derived = ("bytes_per_token", "tokens", "requests")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+    def __str__(self) -> str:
+        """Four lines for a terminal."""
+        rows = (
+            ("model", f"{self.model}, weights {format_bytes(self.weight_bytes)}"),
+            (
+                "cache",
+                f"{format_bytes(self.cache_bytes)}: {self.pages:,} pages of {BLOCK_SIZE} tokens,"
+                f" {self.bytes_per_token:,} bytes per token",
+            ),
+            ("fits", f"{self.tokens:,} tokens: {self._fitting()}"),
+            ("at once", f"{self.max_batch_size:,} are written, the others wait"),
+        )
+        return "\n".join(f"{name:<9}{words}" for name, words in rows)
+
+    def _fitting(self) -> str:
+        requests = "request" if self.requests == 1 else "requests"
+        return f"{self.requests:,} {requests} of {self.request_tokens:,} tokens"
 
 
-def plan_cache(
-    model: str | Path,
-    *,
-    name: str,
-    max_batch_size: int,
-    cache_memory: str | None,
-    max_tokens: int | None,
-    cache_format: CacheKind | None,
-    dtype: str | None,
-    device: str,
-) -> CachePlan:
+def plan_cache(model: str | Path, options: ServeOptions) -> CachePlan:
     """What serving a checkpoint would take, from its config and headers.
 
     Args:
         model: folder or hub id of a converted checkpoint.
-        name: to call it by.
-        max_batch_size: most requests that run at once.
-        cache_memory: bytes or a share, see ``pool_bytes``.
-        max_tokens: of one request; the model's context at most, and by default.
-        cache_format: of the latents; the checkpoint's own by default.
-        dtype: of weights and cache; the checkpoint's own by default.
-        device: whose free memory counts.
+        options: how it would be served.
 
     Raises:
         UsageError: the model was not converted, or not one request fits.
@@ -110,20 +97,28 @@ def plan_cache(
             remedy="mlakit convert MODEL --equal-cache, which is exact and costs no bytes",
         )
     _require_tensors(checkpoint, spec)
-    dtype = dtype or spec.dtype
+    dtype = options.dtype or spec.dtype
     if dtype not in ITEMSIZE:
         raise UsageError(f"there is no dtype {dtype!r}", remedy="use float32, bfloat16 or float16")
     weights = checkpoint.nbytes_total * ITEMSIZE[dtype] // ITEMSIZE[spec.dtype]
-    request = min(max_tokens or spec.max_position_embeddings, spec.max_position_embeddings)
+    context, batch = (
+        spec.max_position_embeddings,
+        options.max_batch_size or DEFAULTS["max_batch_size"],
+    )
+    request = min(options.max_tokens or context, context)
     layers = spec.layers
-    if cache_format is not None:
-        layers = tuple(replace(layer, cache_format=cache_format) for layer in layers)
-    page = page_bytes(layers, ITEMSIZE[dtype])
-    enough = max_batch_size * -(-request // BLOCK_SIZE) * page
-    pool = pool_bytes(cache_memory, device, taken=weights)
-    if pool is None:
-        pool = min(enough, pool_bytes(DEFAULT_SHARE, device, taken=weights) or enough)
-    plan = CachePlan.of(name, weights, page, pool // page, request, max_batch_size)
+    if options.cache_format is not None:
+        layers = tuple(replace(layer, cache_format=options.cache_format) for layer in layers)
+    page = cache_bytes(layers, 1, BLOCK_SIZE, ITEMSIZE[dtype], BLOCK_SIZE)
+    device = device_of(options)
+    pool = pool_bytes(options.cache_memory, device, taken=weights)
+    if pool is None:  # as the engine chooses
+        pool = batch * -(-request // BLOCK_SIZE) * page
+        free = free_bytes(device, weights)
+        pool = pool if free is None else min(pool, int(DEFAULT_SHARE * free))
+    plan = CachePlan(
+        options.called(model), weights, pool // page, pool // page * page, request, batch
+    )
     if not plan.requests:
         raise UsageError(
             f"the cache holds {plan.tokens} tokens, and one request may have {request}",
@@ -132,13 +127,17 @@ def plan_cache(
     return plan
 
 
-DEFAULT_SHARE = "0.8"
+DEFAULT_SHARE = 0.8
 """The engine's own, of the memory that is free beside the weights."""
 
 
-def page_bytes(layers: Sequence[AttentionSpec], itemsize: int) -> int:
-    """Bytes of one page in all layers."""
-    return cache_bytes(layers, 1, BLOCK_SIZE, itemsize, BLOCK_SIZE)
+def device_of(options: ServeOptions) -> str:
+    """The device that was asked for, or a GPU if there is one."""
+    if options.device is not None:
+        return options.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pool_bytes(cache_memory: str | None, device: str, taken: int = 0) -> int | None:
@@ -157,15 +156,21 @@ def pool_bytes(cache_memory: str | None, device: str, taken: int = 0) -> int | N
     share = share_of(cache_memory)
     if share is None:
         return parse_bytes(cache_memory)
-    from mlakit.conversion.samples import free_memory
-
-    free = free_memory(device)
+    free = free_bytes(device, taken)
     if free is None:
         raise UsageError(
             f"this system does not say how much memory is free, so {cache_memory} of it is unknown",
             remedy="give bytes: --cache-memory 2GiB",
         )
-    return int(max(0, free - taken) * share)
+    return int(free * share)
+
+
+def free_bytes(device: str, taken: int) -> int | None:
+    """Bytes that are free on a device once ``taken`` ones are used; None where nobody knows."""
+    from mlakit.conversion.samples import free_memory
+
+    free = free_memory(device)
+    return None if free is None else max(0, free - taken)
 
 
 def share_of(text: str) -> float | None:
