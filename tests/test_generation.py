@@ -299,6 +299,34 @@ def test_sampling_follows_the_probabilities() -> None:
     assert choose_tokens(logits, None, 0.0, 0, 1.0).tolist() == [1]
 
 
+@pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (0, 0.9), (0, 0.999), (7, 1.0), (9000, 0.5)])
+def test_choices_are_those_of_the_sorted_distribution(top_k: int, top_p: float) -> None:
+    """Flat rows, which need many candidates, beside sharp ones; no row minds its neighbours."""
+    rows, size, temperature = 64, 5000, 0.7
+    generator = torch.Generator().manual_seed(0)
+    sharpness = torch.linspace(0.1, 6, rows).unsqueeze(1)
+    logits = torch.randn(rows, size, generator=generator) * sharpness
+    draws = torch.rand(rows, generator=generator, dtype=torch.float64)
+    chosen = choose_tokens(logits, draws, temperature, top_k, top_p)
+    for row, draw, token in zip(logits, draws, chosen.tolist()):
+        single = choose_tokens(row[None], draw[None], temperature, top_k, top_p)
+        assert single.tolist() == [token]
+        weights = (row.double() / temperature).exp()
+        order = list(range(size))
+        if top_k or top_p < 1:
+            order.sort(key=lambda index: -float(row[index]))
+            order = order[: top_k or size]
+        total, kept = float(weights[order].sum()), []
+        for index in order:
+            if kept and sum(kept) >= top_p * total:
+                break
+            kept.append(float(weights[index]))
+        target, place = float(draw) * sum(kept), 0
+        while (target := target - kept[place]) >= 0:
+            place += 1
+        assert order[place] == token
+
+
 def test_row_generators_differ() -> None:
     keys = [(0, [7], 0), (0, [7], 1), (1, [7], 0), (0, [8], 0)]
     draws = {torch.rand((), generator=row_generator(*key)).item() for key in keys}

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mlakit.errors import UsageError
 
+CANDIDATES = 1024
+"""Tokens among which those that reach ``top_p`` are looked for first."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -87,16 +90,39 @@ def choose_tokens(
     """
     if draws is None:
         return logits.argmax(dim=-1)
-    scaled, order = (logits.double() / temperature).sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        scaled[:, top_k:] = -torch.inf
-    probabilities = scaled.softmax(dim=-1)
+    scaled, draws = logits.double() / temperature, draws.to(logits.device)
+    if not top_k and top_p == 1:
+        return _draw(scaled.softmax(dim=-1), draws)
+    probabilities, order = _likeliest(scaled, top_k, top_p)
     before = probabilities.cumsum(dim=-1) - probabilities
     kept = torch.where((before < top_p) | (before == 0), probabilities, 0.0)
-    sums = kept.cumsum(dim=-1)
-    threshold = draws.to(logits.device).unsqueeze(1) * sums[:, -1:]
-    rank = (sums <= threshold).sum(dim=-1, keepdim=True).clamp_max(logits.shape[-1] - 1)
-    return order.gather(1, rank).squeeze(1)
+    return order.gather(1, _draw(kept, draws).unsqueeze(1)).squeeze(1)
+
+
+def _likeliest(scaled: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Probabilities and ids ``[B, n]``, likeliest first, of all tokens that may be kept.
+
+    A few hold nearly all of the probability, and finding those is much cheaper than sorting all.
+    """
+    size = scaled.shape[-1]
+    if top_k:
+        levels, order = scaled.topk(min(top_k, size), dim=-1)
+        return levels.softmax(dim=-1), order
+    whole, count = scaled.logsumexp(dim=-1, keepdim=True), CANDIDATES
+    while True:
+        levels, order = scaled.topk(min(count, size), dim=-1)
+        probabilities = (levels - whole).exp()
+        if count >= size or bool((probabilities.sum(dim=-1) >= top_p).all()):
+            return probabilities, order
+        count *= 8
+
+
+def _draw(weights: Tensor, draws: Tensor) -> Tensor:
+    """The column ``[B]`` in which a share ``draws`` of each row's sum falls."""
+    sums = weights.cumsum(dim=-1)
+    threshold = draws.unsqueeze(1) * sums[:, -1:]
+    column = torch.searchsorted(sums, threshold, right=True)
+    return column.squeeze(1).clamp_max(weights.shape[-1] - 1)
 
 
 def penalise(logits: Tensor, written: Mapping[int, int], sampling: Sampling) -> None:
@@ -123,15 +149,14 @@ def log_probabilities(
     Args:
         logits: ``[vocabulary]``.
         token: the token.
-        count: how many of the likeliest to name; those of equal logits by their numbers.
+        count: how many of the likeliest to name.
 
     Returns:
         The token's natural log-probability, and tokens with theirs, likeliest first.
     """
     levels = logits.double().log_softmax(dim=-1)
-    top, order = levels.sort(descending=True, stable=True)
-    named = zip(order[:count].tolist(), top[:count].tolist(), strict=True)
-    return float(levels[token]), list(named)
+    top, order = levels.topk(min(count, len(levels)))
+    return float(levels[token]), list(zip(order.tolist(), top.tolist(), strict=True))
 
 
 def row_generator(seed: int, prompt_ids: Sequence[int], occurrence: int) -> torch.Generator:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlakit.account import cache_bytes as bytes_of
 from mlakit.conversion.samples import free_memory
 from mlakit.errors import UsageError
 from mlakit.generation.continuation import Continuation, eos_ids, next_tokens
@@ -346,9 +347,8 @@ def _pool(
     model: Any, cache_bytes: int | None, batch_size: int, length: int, block_size: int
 ) -> PagePool:
     """The pages that so many bytes hold."""
-    specs = attention_specs(model)
-    sizes = {"dtype": model.dtype, "device": model.device, "block_size": block_size}
-    page = PagePool(specs, 1, **sizes).nbytes
+    specs, itemsize = attention_specs(model), model.dtype.itemsize
+    page = bytes_of(specs, 1, block_size, itemsize, block_size)
     if cache_bytes is None:
         cache_bytes = batch_size * -(-length // block_size) * page
         free = free_memory(str(model.device))
@@ -360,7 +360,9 @@ def _pool(
             f"{page}",
             remedy="give more bytes, or smaller pages",
         )
-    return PagePool(specs, cache_bytes // page, **sizes)
+    return PagePool(
+        specs, cache_bytes // page, dtype=model.dtype, device=model.device, block_size=block_size
+    )
 
 
 def _likely(logits: Tensor, token: int, count: int) -> TokenLogprob:
