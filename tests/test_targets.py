@@ -99,7 +99,7 @@ def test_vllm_sizes(
 def test_qwen_has_biases_that_only_our_own_class_holds() -> None:
     with pytest.raises(UnsupportedModelError, match="queries have no bias") as caught:
         plan_sizes(QWEN25_7B, Goal(engine="vllm", cache_ratio=0.5))
-    assert caught.value.remedy == "the nearest are --for vllm-transformers and --for mlakit"
+    assert caught.value.remedy == "the nearest are --for vllm-transformers and --for vllm-plugin"
     assert plan_sizes(QWEN25_7B, Goal(engine="vllm-transformers", cache_ratio=0.5)) == (448, 64)
     assert plan_sizes(QWEN25_7B, Goal(engine="vllm-transformers", cache_ratio=0.6)) == (512, 64)
 
@@ -182,7 +182,8 @@ def test_what_the_table_says_is_what_engines_take() -> None:
     everything = TARGETS["mlakit"]
     assert everything.parts_off == () and everything.layer_ranks and everything.decoders is None
     assert not any(t.layer_ranks for t in TARGETS.values() if t is not everything)
-    assert not any(t.window or t.softcap or t.qk_norm for t in TARGETS.values() if t != everything)
+    assert not any(t.window or t.softcap for t in TARGETS.values() if t != everything)
+    assert {t.name for t in TARGETS.values() if t.qk_norm} == {"mlakit", "vllm-plugin"}
     for config in (LLAMA3_8B, QWEN25_7B, MISTRAL_01, QWEN3, GEMMA2):
         assert everything.obstacles(read_model(config)) == []
 

@@ -11,7 +11,10 @@ def export(
     model: Annotated[str, typer.Argument(help="Converted checkpoint: folder or hub id.")],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder for the result, new.")],
     to: Annotated[
-        str, typer.Option(help="transformers, vllm, sglang, tensorrt-llm or llama.cpp.")
+        str,
+        typer.Option(
+            help="transformers, vllm, vllm-transformers, sglang, tensorrt-llm, llama.cpp."
+        ),
     ] = "transformers",
     pad: Annotated[
         bool,
@@ -19,6 +22,10 @@ def export(
             "--pad", help="Fill sizes up with zeros to those the engine takes; zeros are cached."
         ),
     ] = False,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Fill rank + rope up to this width, one that the engine takes."),
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="What the result is checked on, PLACE or NAME=PLACE, repeatable."),
@@ -30,9 +37,10 @@ def export(
         typer.Option(help="Report of mlakit eval SOURCE MODEL, for the model card's quality."),
     ] = None,
 ) -> None:
-    """Write a converted checkpoint in the layout of DeepSeek-V3, which engines load.
+    """Write a converted checkpoint as other engines load it.
 
-    The result is loaded with transformers' own class and compared before the folder appears.
+    That is the layout of DeepSeek-V3 or, for vllm-transformers, mlakit's with a file of modelling
+    code. The result is loaded in transformers and compared before the folder appears.
     """
     from rich.console import Console
 
@@ -44,6 +52,7 @@ def export(
         output,
         to=to,
         pad=pad,
+        width=width,
         text=text or None,
         windows=windows,
         device=device,
@@ -60,7 +69,7 @@ def export(
             f" {found.width:.4g}: the rest are zeros"
         )
     console.print(
-        f"checked with transformers' class on {check.tokens} tokens: logits differ by"
+        f"checked in transformers on {check.tokens} tokens: logits differ by"
         f" {check.one_pass.rms:.2g} of their deviation, KL {check.kl_mean:.2g} nats, same top"
         f" token {check.top1:.1%}"
     )

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from mlakit.engines.shapes import Shape, padded
 from mlakit.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -45,33 +46,19 @@ UNUSED = {
 
 
 @dataclass(frozen=True)
-class StockShape:
-    """Sizes of the exported attention; what exceeds the model's own is zeros.
-
-    Attributes:
-        rank: C, the same in all layers.
-        rope: R.
-        nope: N.
-        value: V.
-    """
-
-    rank: int
-    rope: int
-    nope: int
-    value: int
-
-
-@dataclass(frozen=True)
 class Stock:
     """The maths of one export.
 
     Args:
         config: ``config.json`` of the converted model.
         shape: sizes to export to.
+        biased: whether some layer has a bias: then all have, one switch for all in the stock class.
     """
 
     config: dict[str, Any]
-    shape: StockShape
+    shape: Shape
+    biased: bool = False
+    unties: ClassVar[bool] = True
 
     @property
     def stream(self) -> float:
@@ -105,8 +92,8 @@ class Stock:
 
         Returns:
             ``q_proj [H (N + R), D]``, ``kv_a_proj_with_mqa [C + R, D]``, ``kv_a_layernorm [C]``,
-            ``kv_b_proj [H (N + V), C]``, ``o_proj [D, H V]``, biases where there are some; float64,
-            rotary pairs interleaved.
+            ``kv_b_proj [H (N + V), C]``, ``o_proj [D, H V]``, biases of the last and of the
+            row; float64, rotary pairs interleaved.
         """
         own = {name: tensor.double() for name, tensor in tensors.items()}
         rank, shape = layer.kv_lora_rank or 0, self.shape
@@ -118,7 +105,7 @@ class Stock:
             "kv_b_proj.weight": self._ups(own["kv_b_proj.weight"], layer),
             "o_proj.weight": self.stream * self._outputs(own["o_proj.weight"], layer),
         }
-        if "o_proj.bias" in own or bias is not None:  # one switch for both in the stock class
+        if self.biased:
             output = own.get("o_proj.bias", down.new_zeros(len(own["o_proj.weight"])))
             latent = down.new_zeros(len(down)) if bias is None else bias
             found["o_proj.bias"] = self.stream * output
@@ -132,27 +119,27 @@ class Stock:
             query = own["q_up_proj.weight"] @ query
         kept, turned = query[:, :nope], query[:, nope:]
         scale = (layer.softmax_scale or 1.0) * math.sqrt(self.shape.nope + self.shape.rope)
-        whole = _cat([_padded(kept, self.shape.nope), self._interleaved(turned)])
+        whole = _cat([padded(kept, self.shape.nope), self._interleaved(turned)])
         return (scale * whole).flatten(0, 1)
 
     def _row(self, down: torch.Tensor, rank: int) -> torch.Tensor:
         """Latent rows, smaller, above rotary ones."""
-        latent = _padded(self.shrink * down[None, :rank], self.shape.rank)
+        latent = padded(self.shrink * down[None, :rank], self.shape.rank)
         return _cat([latent, self._interleaved(down[None, rank:])])[0]
 
     def _ups(self, up: torch.Tensor, layer: AttentionSpec) -> torch.Tensor:
         nope = layer.qk_nope_head_dim or 0
         heads = up.unflatten(0, (layer.num_attention_heads, -1)) / self.left
         both = (
-            _padded(heads[:, :nope], self.shape.nope),
-            _padded(heads[:, nope:], self.shape.value),
+            padded(heads[:, :nope], self.shape.nope),
+            padded(heads[:, nope:], self.shape.value),
         )
         whole = _cat(both).flatten(0, 1)
-        return _padded(whole.mT[None], self.shape.rank)[0].mT
+        return padded(whole, self.shape.rank)
 
     def _outputs(self, output: torch.Tensor, layer: AttentionSpec) -> torch.Tensor:
         heads = output.mT.unflatten(0, (layer.num_attention_heads, -1))
-        return _padded(heads, self.shape.value).flatten(0, 1).mT
+        return padded(heads, self.shape.value).flatten(0, 1).mT
 
     def _interleaved(self, rows: torch.Tensor) -> torch.Tensor:
         """From ``[real parts | imaginary parts]`` to pairs; further frequencies get zeros."""
@@ -170,12 +157,8 @@ class Stock:
         scaled = name.endswith("mlp.down_proj.weight") or name == "model.embed_tokens.weight"
         return {name: self.stream * tensor.double() if scaled else tensor}
 
-    def exported_config(self, biased: bool) -> dict[str, Any]:
-        """``config.json`` of the result.
-
-        Args:
-            biased: whether attention has biases.
-        """
+    def exported_config(self) -> dict[str, Any]:
+        """``config.json`` of the result."""
         own, shape = self.config, self.shape
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                  "num_attention_heads", "max_position_embeddings", "hidden_act",
@@ -192,19 +175,16 @@ class Stock:
             "qk_nope_head_dim": shape.nope,
             "v_head_dim": shape.value,
             "rope_interleave": True,
-            "attention_bias": biased,
+            "attention_bias": self.biased,
             "attention_dropout": 0.0,
             "rms_norm_eps": EPS,
             "tie_word_embeddings": False,
             "use_cache": True,
         }  # fmt: skip
 
-
-def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """``[n, rows, D]`` with rows of zeros up to ``count``."""
-    whole = rows.new_zeros(rows.shape[0], count, *rows.shape[2:])
-    whole[:, : rows.shape[1]] = rows
-    return whole
+    def files(self) -> dict[str, str]:
+        """Texts to write beside the weights: none, the class is in the engine."""
+        return {}
 
 
 def _cat(parts: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -24,6 +24,15 @@ gated SiLU block without biases or multipliers."""
 VLLM_HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256), (256, 0, 256))
 VLLM_WIDTHS = (320, 512, 576)
 
+VLLM_CPU_WIDTHS = (576,)
+"""The one that vLLM's kernel for CPUs has."""
+
+OWN_CODE_DECODERS = (*DEEPSEEK_DECODERS, "granite", "gemma", "glm", "glm4", "smollm3", "stablelm")
+"""Dense families without norms on keys: their decoders run as transformers has them."""
+
+PLUGIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3")
+"""Families whose decoder layer, attention apart, mlakit's class in vLLM has: Llama's."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -185,7 +194,21 @@ TARGETS: dict[str, Target] = {
             latent_bias=True,
             o_bias=True,
             frequencies=True,
-            decoders=None,
+            decoders=OWN_CODE_DECODERS,
+            note="rank 448 as for vllm",
+        ),
+        Target(
+            "vllm-plugin",
+            "mlakit's own class in vLLM, where mlakit is installed beside it",
+            "ran",
+            widths=VLLM_WIDTHS,
+            heads=VLLM_HEADS,
+            q_bias=True,
+            latent_bias=True,
+            o_bias=True,
+            frequencies=True,
+            qk_norm=True,
+            decoders=PLUGIN_DECODERS,
             dtypes=("float32", "bfloat16", "float16"),
             note="rank 448 as for vllm",
         ),
