@@ -151,6 +151,24 @@ def test_prompts_that_come_together_share_what_the_first_computes() -> None:
     assert listeners[0].token_ids == listeners[2].token_ids == alone("compress", None, 4, 0)[0]
 
 
+def test_short_prompts_share_a_chunk() -> None:
+    watched = Watched(model_of("compress", None), TOKENIZER, prefill_chunk=24)
+    texts = ["abc", "x" * 11, "hello", "y" * 30, "b"]  # 4, 12, 6, 31 and 2 tokens
+    listeners = [watched.submit(text, WISHES[1])[1] for text in texts]
+    heard_from = []
+    for _ in range(4):
+        watched.step()
+        heard_from.append([bool(listener.pieces) for listener in listeners])
+    assert heard_from == [
+        [True, True, False, False, False],  # 2 x 12
+        [True, True, True, False, True],  # 2 x 6; 31 are more than a chunk
+        [True, True, True, False, True],
+        [True, True, True, True, True],
+    ]
+    watched.finish()
+    assert heard(listeners) == expected(model_of("compress", None), TOKENIZER, texts, WISHES[1])
+
+
 def test_a_full_pool_forgets_the_prefix_used_longest_ago() -> None:
     watched = Watched(model_of("compress", None), TOKENIZER, pages=8)
     sampling = Sampling(1, temperature=0.0)

@@ -40,8 +40,8 @@ SHARE_OF_MEMORY = 0.8
 class Engine:
     """Writes many texts at once; each is what it would be alone.
 
-    A step feeds one token of every running request, together, and then at most one chunk of one
-    prompt, so a long prompt holds nobody up for longer than a chunk. Requests share pages of
+    A step feeds one token of every running request, together, and then at most one chunk of
+    prompts, so a long prompt holds nobody up for longer than a chunk. Requests share pages of
     ``[c_kv | k_rope]`` rows: a full page is found again by any later text that begins with the
     same tokens. When pages run out, the youngest request gives its own back and is computed again
     later; it loses nothing but time.
@@ -54,7 +54,7 @@ class Engine:
             length, or most of the free memory if that is less.
         max_tokens_per_request: most tokens of a prompt and what follows; the model's context by
             default.
-        prefill_chunk: most tokens of a prompt in one step.
+        prefill_chunk: most tokens of prompts in one step.
         max_waiting: most requests that wait.
         block_size: tokens per page.
 
@@ -236,10 +236,10 @@ class Engine:
         self.scheduler.admit()
         batch = self.scheduler.decoding()
         if batch:
-            self._feed(batch, 1)
+            self._feed([(job, 1) for job in batch])
         chunk = self.scheduler.prefilling()
         if chunk:
-            self._feed([chunk[0]], chunk[1])
+            self._feed(chunk)
         worked = bool(batch or chunk)
         self._steps += worked
         return worked
@@ -264,29 +264,38 @@ class Engine:
         for job in jobs:
             self._end(job, "cancelled")
 
-    def _feed(self, jobs: list[Job], count: int) -> None:
-        """Computes the next ``count`` tokens of every job, and the token after the last one."""
+    def _feed(self, chunk: list[tuple[Job, int]]) -> None:
+        """Computes the next tokens of every job, so many of each, and the one after the last."""
         try:
-            logits = self._forward(jobs, count)
-            for job in jobs:
+            logits = self._forward(chunk)
+            for job, count in chunk:
                 self.scheduler.computed(job, count)
-            due = [place for place, job in enumerate(jobs) if not job.missing]
+            due = [place for place, (job, _) in enumerate(chunk) if not job.missing]
             if due:
-                self._deliver([jobs[place] for place in due], logits[due])
+                self._deliver([chunk[place][0] for place in due], logits[due])
         except Exception as error:  # a request's fault, or memory: the others go on
-            for job in jobs:
+            for job, _ in chunk:
                 if job.ticket.number in self._jobs:
                     self._end(job, "error", _reason(error))
 
-    def _forward(self, jobs: list[Job], count: int) -> Tensor:
-        """Logits ``[B, vocabulary]`` after the next ``count`` tokens of every job."""
-        starts = [job.computed for job in jobs]
-        self.pool.select([job.pages for job in jobs], starts)
-        ids = [job.tokens[start : start + count] for job, start in zip(jobs, starts)]
-        first = torch.tensor(starts, device=self.model.device).unsqueeze(1)
+    def _forward(self, chunk: list[tuple[Job, int]]) -> Tensor:
+        """Logits ``[B, vocabulary]`` after the next tokens of every job; shorter ones are padded.
+
+        Padding is on the left, as the cache wants it, and enters no page.
+        """
+        device, width = self.model.device, max(count for _, count in chunk)
+        self.pool.select([job.pages for job, _ in chunk], [job.computed for job, _ in chunk])
+        ids = torch.zeros(len(chunk), width, dtype=torch.long)
+        kept, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, (job, count) in enumerate(chunk):
+            place = job.computed
+            ids[row, -count:] = torch.tensor(job.tokens[place : place + count])
+            positions[row, -count:] = torch.arange(place, place + count)
+            kept[row, -count:] = 1
         output = self.model(
-            input_ids=torch.tensor(ids, device=self.model.device),
-            position_ids=first + torch.arange(count, device=self.model.device),
+            input_ids=ids.to(device),
+            attention_mask=None if bool(kept.all()) else kept.to(device),
+            position_ids=positions.to(device),
             past_key_values=self.pool,
             use_cache=True,
             logits_to_keep=1,

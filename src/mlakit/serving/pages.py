@@ -14,6 +14,7 @@ ROOT = 0
 """The node before every text's first page."""
 
 Key = tuple[int, tuple[int, ...]]
+"""What a page is found by: the node before it, and its tokens."""
 
 
 @dataclass(frozen=True)

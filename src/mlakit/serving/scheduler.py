@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mlakit.generation.continuation import Continuation
-from mlakit.serving.pages import ROOT, PageLedger
+from mlakit.serving.pages import ROOT, Key, PageLedger
 from mlakit.serving.request import Piece, Ticket
 
 
@@ -53,7 +53,7 @@ class Scheduler:
     Args:
         ledger: the pages.
         max_batch_size: most jobs that run.
-        prefill_chunk: most tokens of a prompt in one step.
+        prefill_chunk: most tokens of prompts in one step.
     """
 
     def __init__(self, ledger: PageLedger, max_batch_size: int, prefill_chunk: int) -> None:
@@ -89,16 +89,32 @@ class Scheduler:
             if job.found is None:
                 job.found = job.computed
 
-    def prefilling(self) -> tuple[Job, int] | None:
-        """The oldest job with more than one token to compute, and how many of them now."""
+    def prefilling(self) -> list[tuple[Job, int]]:
+        """One chunk: of the oldest prompt, and of as many short ones as fit beside it.
+
+        A job whose next page another one of this chunk computes waits, and finds it then.
+
+        Returns:
+            Jobs and how many of their tokens are next; their number times the largest of these
+            is at most ``prefill_chunk``.
+        """
+        chunk: list[tuple[Job, int]] = []
+        width, begun = 0, set()
         for job in self.running:
-            if job.missing > 1:
-                untouched, hits = job.found == job.computed, self._find_pages(job)
-                self.prefix_hits += hits
-                if untouched:
-                    job.found = job.computed
-                return job, min(job.missing, self.prefill_chunk)
-        return None
+            if job.missing < 2:
+                continue
+            untouched, hits = job.found == job.computed, self._find_pages(job)
+            self.prefix_hits += hits
+            if untouched:
+                job.found = job.computed
+            count = min(job.missing, self.prefill_chunk)
+            widest, page = max(width, count), self._next_page(job)
+            if not chunk or ((len(chunk) + 1) * widest <= self.prefill_chunk and page not in begun):
+                chunk.append((job, count))
+                width = widest
+                if len(page[1]) == self.ledger.block_size:
+                    begun.add(page)
+        return chunk
 
     def computed(self, job: Job, count: int) -> None:
         """Notes that the next ``count`` rows of a job are stored; full pages become known."""
@@ -106,8 +122,7 @@ class Scheduler:
         size = self.ledger.block_size
         while (len(job.nodes) + 1) * size <= job.computed:
             index = len(job.nodes)
-            known = self._last_node(job), self._page_tokens(job)
-            node = self.ledger.publish(*known, job.pages[index])
+            node = self.ledger.publish(*self._next_page(job), job.pages[index])
             job.pages[index] = node.page
             job.nodes.append(node.number)
 
@@ -140,7 +155,7 @@ class Scheduler:
         """
         size, before = self.ledger.block_size, len(job.nodes)
         while job.computed == len(job.nodes) * size and job.missing > size:
-            node = self.ledger.find(self._last_node(job), self._page_tokens(job))
+            node = self.ledger.find(*self._next_page(job))
             if node is None:
                 break
             index = len(job.nodes)
@@ -150,10 +165,7 @@ class Scheduler:
             job.computed += size
         return len(job.nodes) - before
 
-    def _last_node(self, job: Job) -> int:
-        return job.nodes[-1] if job.nodes else ROOT
-
-    def _page_tokens(self, job: Job) -> tuple[int, ...]:
-        """Tokens of the page after the known ones."""
-        start = len(job.nodes) * self.ledger.block_size
-        return tuple(job.tokens[start : start + self.ledger.block_size])
+    def _next_page(self, job: Job) -> Key:
+        """What the page after the known ones is found by; its tokens may not fill it."""
+        size, start = self.ledger.block_size, len(job.nodes) * self.ledger.block_size
+        return job.nodes[-1] if job.nodes else ROOT, tuple(job.tokens[start : start + size])
