@@ -142,7 +142,8 @@ def point(method: str, share: float, kl: list[float], ppl: float = 10.0, **more:
     mean = sum(kl) / len(kl)
     return Point(
         method=method, setting="x", bytes_per_token=1000 * share, peak_bytes_per_token=1000,
-        percent_of_own=100 * share, percent_of_mha=100 * share, weight_bytes=1, kl=kl,
+        percent_of_own=100 * share, percent_of_mha=100 * share, read_percent=1,
+        weight_percent=1, kl=kl,
         nll=kl, kl_mean=Estimate(value=mean), kl_p999=mean, top1=Estimate(value=0.9),
         perplexity=Estimate(value=ppl), nll_difference=Estimate(value=0), **more,
     )  # fmt: skip

@@ -6,7 +6,7 @@ A cache layer that packs a prefix (``prefix.PrefixLayer``), the queries of every
 
 from __future__ import annotations
 
-from mlakit.baselines import bits, tokens
+from mlakit.baselines import bits, heads, layers, levels, low_rank, reads, tokens
 from mlakit.baselines.method import Bench, Method, Setting, Variant, require_plain
 from mlakit.baselines.prefix import Prefix, read_prefix
 
@@ -21,5 +21,13 @@ __all__ = [
     "require_plain",
 ]
 
-METHODS: tuple[Method, ...] = (*bits.METHODS, *tokens.METHODS)
+METHODS: tuple[Method, ...] = (
+    *bits.METHODS,
+    *levels.METHODS,
+    *tokens.METHODS,
+    *heads.METHODS,
+    *low_rank.METHODS,
+    *layers.METHODS,
+    *reads.METHODS,
+)
 """Every method of this room, in the order that tables have."""

@@ -177,7 +177,8 @@ def _float8(bench: Bench, bits: float) -> Variant:
     return Variant(bench.source.model, round_float8)
 
 
-def _fixed(settings: list[Setting], spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
+def fixed(settings: list[Setting], spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
+    """These settings, whatever the model and the budgets."""
     return settings
 
 
@@ -189,7 +190,7 @@ METHODS = (
         "float8 e4m3, as engines offer it",
         "One scale per head and layer, taken from the prefix itself; engines take 1 or a "
         "calibrated one.",
-        partial(_fixed, bit_settings(8)),
+        partial(fixed, bit_settings(8)),
         _float8,
     ),
     Method(
@@ -198,7 +199,7 @@ METHODS = (
         "bits",
         "per-token rounding, as in common cache classes",
         "Every token and head has its own scale and offset, in float16; nothing is kept exact.",
-        partial(_fixed, bit_settings(8, 4)),
+        partial(fixed, bit_settings(8, 4)),
         _integers,
     ),
     Method(
@@ -208,7 +209,7 @@ METHODS = (
         "arXiv 2402.02750",
         f"The newest {RESIDUAL} tokens stay exact, 128 as published; the prefix is rounded once, "
         "after it was read exactly.",
-        partial(_fixed, bit_settings(4, 2)),
+        partial(fixed, bit_settings(4, 2)),
         _kivi,
     ),
 )

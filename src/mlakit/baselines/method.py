@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from transformers import Cache, PreTrainedModel
 
-from mlakit.baselines.prefix import Prefix
+from mlakit.baselines.prefix import NewCache, Prefix
+from mlakit.data import Source, source_windows
 from mlakit.errors import UnsupportedModelError
 from mlakit.evaluation import Subject
+from mlakit.nn.hf import new_cache
 from mlakit.reporting.comparison import Family
 from mlakit.spec import AttentionSpec, ModelSpec
+
+CALIBRATION_TOKENS, CALIBRATION_WINDOW = 8192, 512
+"""Tokens that methods of this room calibrate on, and how many are read together."""
 
 
 class Setting(NamedTuple):
@@ -32,6 +40,7 @@ class Bench:
         spec: the same as plain data.
         path: its folder.
         workspace: folder for checkpoints that a method writes.
+        calibration: texts to choose numbers on.
         seed: of everything random.
     """
 
@@ -39,7 +48,19 @@ class Bench:
     spec: ModelSpec
     path: Path
     workspace: Path
+    calibration: tuple[Source, ...]
     seed: int
+
+    @cached_property
+    def calibration_ids(self) -> torch.Tensor:
+        """Windows of the calibration texts ``[n, T]``, shared evenly among them."""
+        length = min(self.source.context, CALIBRATION_WINDOW)
+        count = max(1, CALIBRATION_TOKENS // length // len(self.calibration))
+        tokenizer = self.source.tokenizer
+        windows = [
+            w for t in self.calibration for w in source_windows(t, tokenizer, length)[:count]
+        ]
+        return torch.tensor(windows, device=self.source.model.device)
 
     @property
     def layer(self) -> AttentionSpec:
@@ -61,6 +82,10 @@ class Variant:
         compress: makes the cache that the continuation reads from an exactly cached prefix, which
             it leaves as it is.
         needs_queries: ``compress`` reads the queries of the prefix.
+        new_cache: makes the empty cache that the prefix is read into.
+        reading: holds while the continuation is fed: attention may read less than the cache.
+        read_share: of the bytes held, those that one decoded token reads.
+        weight_bytes: of the weights as the method stores them, where they run unpacked.
         calibration_tokens: tokens that were looked at to choose numbers.
         trained_tokens: tokens that gradients were taken on.
     """
@@ -68,8 +93,16 @@ class Variant:
     model: PreTrainedModel
     compress: Callable[[Prefix], Cache] = exact
     needs_queries: bool = False
+    new_cache: NewCache = new_cache
+    reading: Callable[[Cache], AbstractContextManager[object]] = lambda cache: nullcontext()
+    read_share: float = 1.0
+    weight_bytes: int | None = None
     calibration_tokens: int = 0
     trained_tokens: int = 0
+
+
+Settings = Callable[[ModelSpec, Sequence[float]], list[Setting]]
+"""The doses to measure for a model and the shares of its cache asked for."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +124,7 @@ class Method:
     family: Family
     source: str
     differs: str
-    settings: Callable[[ModelSpec, Sequence[float]], list[Setting]]
+    settings: Settings
     build: Callable[[Bench, float], Variant]
 
 

@@ -17,8 +17,15 @@ from torch.overrides import TorchFunctionMode
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from mlakit.errors import UnsupportedModelError
 from mlakit.evaluation.quality import feed
+from mlakit.families import FAMILIES
 from mlakit.nn.hf import new_cache
+from mlakit.nn.rotary import rotate
+from mlakit.spec import ModelSpec
+
+NewCache = Callable[[PreTrainedModel, int, int], Cache]
+"""Makes an empty cache for a model, a number of sequences and of tokens."""
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
@@ -76,15 +83,21 @@ class Prefix:
 
 @torch.no_grad()
 def read_prefix(
-    model: PreTrainedModel, ids: Tensor, *, max_length: int, queries: bool = False
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    max_length: int,
+    queries: bool = False,
+    new_cache: NewCache = new_cache,
 ) -> Prefix:
-    """Reads tokens into an empty cache of the model's own kind.
+    """Reads tokens into an empty cache.
 
     Args:
         model: an ordinary or converted causal language model.
         ids: int64 ``[P]``.
         max_length: tokens that the cache will have to hold.
         queries: keep the queries too.
+        new_cache: makes the cache; one of the model's own kind by default.
     """
     ids = ids.to(model.device)
     cache = new_cache(model, 1, max_length)
@@ -94,6 +107,44 @@ def read_prefix(
     with SeenQueries() as seen:
         feed(model, ids, cache, seen=0, last_only=True)
     return Prefix(model, ids, cache, tuple(seen.queries), seen.scale or 1.0)
+
+
+class Rotation:
+    """The rotary embedding of a model at positions 0, 1, ... P - 1, there and back.
+
+    Args:
+        model: whose keys turn.
+        spec: its layers.
+
+    Raises:
+        UnsupportedModelError: keys turn in another layout than halves of the whole head.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: ModelSpec) -> None:
+        family, layer = FAMILIES[spec.family], spec.layers[0]
+        plain = not family.layout.interleaved and not family.rope_by_type
+        turned = all(x.rope is not None and x.rope.dim == x.head_dim for x in spec.layers)
+        if not plain or not turned:
+            raise UnsupportedModelError(
+                f"keys of {spec.model_type} do not turn as halves of a whole head",
+                remedy="leave this method out",
+            )
+        self.embedding: Any = model.get_decoder().rotary_emb
+        self.dim = layer.head_dim
+
+    def turn(self, keys: Tensor) -> Tensor:
+        """Rotates ``[1, G, P, d]`` to its positions."""
+        return rotate(keys, *self._angles(keys))
+
+    def turn_back(self, keys: Tensor) -> Tensor:
+        """What ``turn`` made it from."""
+        cos, sin = self._angles(keys)
+        scale = (cos.square() + sin.square()).unsqueeze(1)  # 1 but for YaRN
+        return rotate(keys, cos, -sin) / scale
+
+    def _angles(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(keys.shape[2], device=keys.device)[None]
+        return self.embedding(keys.new_zeros(1, dtype=torch.float32), positions)
 
 
 class PrefixLayer(DynamicLayer):

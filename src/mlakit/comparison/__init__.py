@@ -11,7 +11,7 @@ from mlakit.comparison.exam import Exam
 from mlakit.comparison.journal import Journal
 from mlakit.comparison.plan import BUDGETS, Plan, Steps, identity, make_plan
 from mlakit.comparison.points import make_point
-from mlakit.data import SourceLike, named_sources
+from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.errors import MlakitError, UsageError
 from mlakit.evaluation import open_subject
 from mlakit.evaluation.environment import describe_environment
@@ -79,9 +79,9 @@ def compare(
     spec = read_model(checkpoint.config)
     lengths = window_lengths(spec.max_position_embeddings, prefix_length, suffix_length)
     require_plain(spec, sum(lengths))
-    plan = make_plan(spec, methods=methods, budgets=budgets, calibration=calibration)
+    plan = make_plan(spec, methods=methods, budgets=budgets)
     texts = open_texts(text)
-    calibrating = None if calibration is None else named_sources(calibration)
+    calibrating = named_sources(BUILTIN if calibration is None else calibration)
     if dry_run:
         return plan
     folder = Path(output).expanduser()
@@ -99,7 +99,7 @@ def compare(
     parts = {
         "model": source.fingerprint,
         "text": cut.text.sha256,
-        "calibration": calibrating and [each.content.sha256 for each in calibrating],
+        "calibration": [each.content.sha256 for each in calibrating],
         "windows": list(cut.ids.shape),
         "prefix": cut.prefix_length,
         "recall": recall,
@@ -110,7 +110,7 @@ def compare(
     }
     journal = Journal(folder, identity(parts))
     exam = Exam(source, cut, seed=seed, recall=recall)
-    bench = Bench(source, spec, path, journal.models, seed)
+    bench = Bench(source, spec, path, journal.models, calibrating, seed)
     memory = measure_memory(source, None, length=exam.length)
     summary, _ = summarise_models(source, None, memory)
     run = _Run(exam, bench, journal, progress)

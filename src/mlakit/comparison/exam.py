@@ -214,7 +214,7 @@ class Exam:
             logits = []
             for index, ids in enumerate(context.after):
                 own = cache if index == len(context.after) - 1 else copy.deepcopy(cache)
-                with torch.no_grad():
+                with torch.no_grad(), variant.reading(own):
                     logits.append(feed(variant.model, ids.to(variant.model.device), own, seen=read))
             yield logits
 
@@ -226,8 +226,13 @@ class Exam:
         prefix = None
         for variant in variants:
             if prefix is None or prefix.model is not variant.model:
-                queries = any(v.needs_queries for v in variants)
-                prefix = read_prefix(variant.model, ids, max_length=longest, queries=queries)
+                prefix = read_prefix(
+                    variant.model,
+                    ids,
+                    max_length=longest,
+                    queries=any(v.needs_queries for v in variants),
+                    new_cache=variant.new_cache,
+                )
             yield variant.compress(prefix), prefix.cache
 
 

@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 from mlakit.baselines import Bench, Method, Setting, Variant
-from mlakit.baselines.method import by_share
+from mlakit.baselines.method import Settings, by_share
 from mlakit.conversion.apply import convert
 from mlakit.conversion.budget import AUTO_STEPS
 from mlakit.conversion.rotary_sizes import rope_choices
-from mlakit.data import SourceLike
 from mlakit.nn.hf import load
 from mlakit.spec import CacheKind, ModelSpec
 
@@ -40,7 +39,6 @@ def _published(spec: ModelSpec, share: float) -> dict[str, Any]:
 
 def _build(
     options: dict[str, Any],
-    calibration: SourceLike | Sequence[SourceLike] | None,
     cache_format: CacheKind | None,
     bench: Bench,
     share: float,
@@ -59,7 +57,7 @@ def _build(
     plan = convert(
         bench.path,
         folder,
-        calibration=None if share >= 1 else calibration,
+        calibration=None if share >= 1 else bench.calibration,
         seed=bench.seed,
         dtype=bench.source.dtype,
         device=str(model.device),
@@ -70,47 +68,60 @@ def _build(
     return Variant(loaded, calibration_tokens=read, trained_tokens=read if plan.goal.steps else 0)
 
 
-def latent_methods(
-    calibration: SourceLike | Sequence[SourceLike] | None,
-) -> tuple[Method, ...]:
-    """The rows of latent attention.
+def _method(
+    name: str,
+    title: str,
+    source: str,
+    differs: str,
+    settings: Settings,
+    options: dict[str, Any],
+    cache_format: CacheKind | None = None,
+) -> Method:
+    build = partial(_build, options, cache_format)
+    return Method(name, title, "latent", source, differs, settings, build)
 
-    Args:
-        calibration: texts to calibrate with; the package's own if None.
-    """
 
-    def method(
-        name: str, title: str, source: str, differs: str, settings: Any, options: dict[str, Any],
-        cache_format: CacheKind | None = None,
-    ) -> Method:  # fmt: skip
-        build = partial(_build, options, calibration, cache_format)
-        return Method(name, title, "latent", source, differs, settings, build)
-
-    return (
-        method(
-            "mla-equal", "MLA, equal cache", PAPER,
-            "Theorem 1 in the form that absorbs; nothing was trained after it.",
-            _equal, {},
-        ),
-        method(
-            "mla", "MLA, closed form", OURS,
-            "The product's own conversion without its gradient steps; not healed.",
-            by_share, {"refine_steps": 0},
-        ),
-        method(
-            "mla-refined", "MLA, refined", OURS,
-            f"The product's default: {AUTO_STEPS} gradient steps a layer towards the source's "
-            "outputs; not healed.",
-            by_share, {},
-        ),
-        method(
-            "mla-published", "MLA, published", PAPER,
-            "The published algebra at the same bytes, without the training that the paper adds.",
-            by_share, {"published": True},
-        ),
-        method(
-            "mla-int4", "MLA, closed form + int4", OURS,
-            "Latents in 4 bits, the rotary part in 16; rank and bits are not chosen jointly.",
-            _ranks, {"refine_steps": 0}, "int4",
-        ),
-    )  # fmt: skip
+METHODS = (
+    _method(
+        "mla-equal",
+        "MLA, equal cache",
+        PAPER,
+        "Theorem 1 in the form that absorbs; nothing was trained after it.",
+        _equal,
+        {},
+    ),
+    _method(
+        "mla",
+        "MLA, closed form",
+        OURS,
+        "The product's own conversion without its gradient steps; not healed.",
+        by_share,
+        {"refine_steps": 0},
+    ),
+    _method(
+        "mla-refined",
+        "MLA, refined",
+        OURS,
+        f"The product's default: {AUTO_STEPS} gradient steps a layer towards the source's outputs; "
+        "not healed.",
+        by_share,
+        {},
+    ),
+    _method(
+        "mla-published",
+        "MLA, published",
+        PAPER,
+        "The published algebra at the same bytes, without the training that the paper adds.",
+        by_share,
+        {"published": True},
+    ),
+    _method(
+        "mla-int4",
+        "MLA, closed form + int4",
+        OURS,
+        "Latents in 4 bits, the rotary part in 16; rank and bits are not chosen jointly.",
+        _ranks,
+        {"refine_steps": 0},
+        "int4",
+    ),
+)

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlakit.baselines import METHODS, Method, Setting, Variant
-from mlakit.comparison.latent import latent_methods
-from mlakit.data import SourceLike
+from mlakit.comparison import latent
 from mlakit.errors import UsageError
 from mlakit.reporting.comparison import MethodEntry
 from mlakit.spec import ModelSpec
@@ -53,20 +52,7 @@ class Plan:
         ]
 
 
-def all_methods(
-    calibration: SourceLike | Sequence[SourceLike] | None = None,
-) -> tuple[Method, ...]:
-    """Every method there is, latent attention first."""
-    return (*latent_methods(calibration), *METHODS)
-
-
-def make_plan(
-    spec: ModelSpec,
-    *,
-    methods: Sequence[str] | None,
-    budgets: Sequence[float],
-    calibration: SourceLike | Sequence[SourceLike] | None,
-) -> Plan:
+def make_plan(spec: ModelSpec, *, methods: Sequence[str] | None, budgets: Sequence[float]) -> Plan:
     """Chooses methods and settings.
 
     Raises:
@@ -78,7 +64,7 @@ def make_plan(
                 f"a budget of {budget:g} is not a share of the cache",
                 remedy="give shares between 0 and 1: 0.5,0.25,0.125",
             )
-    known = {method.name: method for method in all_methods(calibration)}
+    known = {method.name: method for method in (*latent.METHODS, *METHODS)}
     names = list(dict.fromkeys(methods if methods is not None else known))
     for name in names:
         if name not in known:

@@ -23,6 +23,9 @@ def make_point(
     model = exam.source.model
     mha = [as_mha(spec) for spec in attention_specs(model)]
     mha_bytes = cache_bytes_per_token(mha, model.dtype.itemsize) * exam.length
+    weights = variant.weight_bytes
+    if weights is None:
+        weights = sum(p.nbytes for p in variant.model.parameters())
     mean = bootstrap(nll.mean(axis=1), seed=exam.seed)
     seen = scores.hits_seen and tally(exam.seen_questions, scores.hits_seen, own.hits_seen)
     return Point(
@@ -32,7 +35,9 @@ def make_point(
         peak_bytes_per_token=scores.peak / exam.length,
         percent_of_own=100 * scores.nbytes / own.nbytes,
         percent_of_mha=100 * scores.nbytes / mha_bytes,
-        weight_bytes=sum(p.nbytes for p in variant.model.parameters()),
+        read_percent=100 * variant.read_share * scores.nbytes / own.nbytes,
+        weight_percent=100 * weights / sum(p.nbytes for p in model.parameters()),
+        simulated=variant.weight_bytes is not None,
         calibration_tokens=variant.calibration_tokens,
         trained_tokens=variant.trained_tokens,
         kl=[float(value) for value in kl.mean(axis=1)],

@@ -32,6 +32,12 @@ def tied(one: Point, other: Point, seed: int) -> bool:
     return bool(low <= 0 <= high)
 
 
+def rivals(found: Comparison) -> list[Point]:
+    """The original and all points that are about the cache's bytes."""
+    other = {m.name for m in found.methods if m.family in ("reads", "weights")}
+    return [p for p in found.points if p.method not in other]
+
+
 def within_one_percent(found: Comparison, point: Point) -> bool:
     """Perplexity within 1 % of the original's on either side, and recall at most 1 % lower.
 
@@ -45,7 +51,7 @@ def within_one_percent(found: Comparison, point: Point) -> bool:
 
 def smallest(found: Comparison) -> Answer:
     """The smallest cache within 1 % of the original, and those of the same size."""
-    able = [p for p in found.points if within_one_percent(found, p)]
+    able = [p for p in rivals(found) if within_one_percent(found, p)]
     best = min(able, key=lambda p: (p.bytes_per_token, p.kl_mean.value))
     ties = [p for p in able if p is not best and p.bytes_per_token <= SLACK * best.bytes_per_token]
     untrained = None
@@ -57,7 +63,7 @@ def smallest(found: Comparison) -> Answer:
 
 def best_at(found: Comparison, budget: float) -> Answer | None:
     """The lowest KL among caches of at most a share of the source's; None where nothing fits."""
-    able = [p for p in found.points if p.percent_of_own <= 100 * budget * SLACK]
+    able = [p for p in rivals(found) if p.percent_of_own <= 100 * budget * SLACK]
     if not able:
         return None
     best = min(able, key=lambda p: p.kl_mean.value)

@@ -49,7 +49,9 @@ class Point(Record):
             tokens, all layers.
         peak_bytes_per_token: the same while the prefix was read.
         percent_of_own: of the source's bytes per token; likewise ``percent_of_mha``.
-        weight_bytes: of the model that ran.
+        read_percent: bytes that one decoded token reads of the cache, of the source's own.
+        weight_percent: weight bytes of the source's.
+        simulated: the weights ran unpacked, so their bytes are by account: drawn grey.
         calibration_tokens: looked at to choose numbers; ``trained_tokens``: to take gradients.
         kl: mean KL(source || this) of each window, nats per token; likewise ``nll``.
         perplexity: of the continuation, through the cache.
@@ -63,7 +65,9 @@ class Point(Record):
     peak_bytes_per_token: float
     percent_of_own: float
     percent_of_mha: float
-    weight_bytes: int
+    read_percent: float
+    weight_percent: float
+    simulated: bool = False
     calibration_tokens: int = 0
     trained_tokens: int = 0
     kl: list[float]

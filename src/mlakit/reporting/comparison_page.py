@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from mlakit.reporting.comparison import FAMILY_WORDS, Comparison
-from mlakit.reporting.comparison_rows import HEADS, notes, table
+from mlakit.reporting.comparison_rows import TEXT_COLUMNS, notes, table
 from mlakit.reporting.files import write_file
 from mlakit.reporting.pareto import pareto
 from mlakit.reporting.plots import as_svg
@@ -37,7 +37,7 @@ def render_comparison(found: Comparison, figure: Figure | None = None) -> str:
         found=found,
         headline=f"{found.title(best)}, {percent(best.percent_of_own)}",
         picture=Markup(as_svg(figure or pareto(found))),
-        heads=HEADS,
+        text_columns=TEXT_COLUMNS,
         lines=table(found),
         notes=notes(found),
         words=FAMILY_WORDS,

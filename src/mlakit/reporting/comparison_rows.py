@@ -13,41 +13,47 @@ from mlakit.reporting.schema import Recall
 from mlakit.reporting.style import number, percent
 from mlakit.reporting.summary import KIND_WORDS, estimate
 
-HEADS = (
-    "method", "setting", "bytes/token", "% of own", "% of MHA", "KL, nats", "top-1, %",
-    "perplexity", "recall, %", "question seen, %", "text used",
-)  # fmt: skip
+TEXT_COLUMNS = ("method", "setting", "text used")
+"""Columns that are words; all others are numbers."""
 
 
-def table(found: Comparison) -> list[list[str]]:
-    """One line per point, as ``HEADS``; a method's title stands at its first."""
+def table(found: Comparison) -> list[dict[str, str]]:
+    """One line per point, by column; a method's title stands at its first."""
     lines = []
     last = ""
     for point in found.points:
         title = found.method(point).title
-        lines.append([title if title != last else "", point.setting, *_numbers(point)])
+        lines.append({"method": title if title != last else "", **_cells(point)})
         last = title
+    for column, usual in {"read, %": "", "weights, %": "100"}.items():
+        if all(line[column] == usual for line in lines):
+            for line in lines:
+                del line[column]
     return lines
 
 
-def _numbers(point: Point) -> list[str]:
+def _cells(point: Point) -> dict[str, str]:
     used = "none"
     if point.calibration_tokens:
         used = f"{point.calibration_tokens:,} calibrated"
     if point.trained:
         used = f"{point.trained_tokens:,} trained"
     recall = mean_recall(point)
-    return [
-        number(point.bytes_per_token),
-        percent(point.percent_of_own),
-        percent(point.percent_of_mha),
-        estimate(point.kl_mean),
-        number(round(100 * point.top1.value, 1)),
-        estimate(point.perplexity),
-        "n/a" if recall is None else number(round(100 * recall, 1)),
-        _share(point.recall_seen),
-        used,
-    ]
+    reads = point.read_percent != point.percent_of_own
+    return {
+        "setting": point.setting,
+        "bytes/token": number(point.bytes_per_token),
+        "% of own": percent(point.percent_of_own),
+        "% of MHA": percent(point.percent_of_mha),
+        "read, %": percent(point.read_percent) if reads else "",
+        "weights, %": number(round(point.weight_percent, 1)),
+        "KL, nats": estimate(point.kl_mean),
+        "top-1, %": number(round(100 * point.top1.value, 1)),
+        "perplexity": estimate(point.perplexity),
+        "recall, %": "n/a" if recall is None else number(round(100 * recall, 1)),
+        "question seen, %": _share(point.recall_seen),
+        "text used": used,
+    }
 
 
 def _share(recall: Recall | None) -> str:
@@ -71,6 +77,8 @@ def notes(found: Comparison) -> list[str]:
         ]
         if failing:
             listed.append(f"n/a: the source itself answers fewer than half of {', '.join(failing)}")
+    if any(p.simulated for p in found.points):
+        listed.append("weight bytes of pruned or rounded weights are by account: they ran unpacked")
     listed += [f"{m.method}, {m.setting}: not measured, {m.reason}" for m in found.missing]
     return listed
 
@@ -82,17 +90,18 @@ def print_comparison(found: Comparison, console: Console) -> None:
     """
     answers = [f"{answer.question}\n  {answer.text}" for answer in found.answers]
     caption = "\n".join(f"note: {note}" for note in notes(found))
+    lines = table(found)
     if not console.is_terminal:
-        lines = ["\t".join(HEADS), *("\t".join(line) for line in table(found))]
-        for line in (*answers, *lines, caption):
-            console.file.write(line.rstrip() + "\n")
+        cut = ["\t".join(lines[0]), *("\t".join(line.values()) for line in lines)]
+        for text in (*answers, *cut, caption):
+            console.file.write(text.rstrip() + "\n")
         return
     for answer in found.answers:
         console.print(Text(answer.question, style="bold"))
         console.print(Text(f"  {answer.text}\n"))
     drawn = Table(box=SIMPLE_HEAD, caption=Text(caption), caption_justify="left")
-    for index, head in enumerate(HEADS):
-        drawn.add_column(Text(head), justify="left" if index in (0, 1, 10) else "right")
-    for cells in table(found):
-        drawn.add_row(*map(Text, cells))
+    for head in lines[0]:
+        drawn.add_column(Text(head), justify="left" if head in TEXT_COLUMNS else "right")
+    for line in lines:
+        drawn.add_row(*map(Text, line.values()))
     console.print(drawn, highlight=False)

@@ -1,0 +1,365 @@
+"""Levels, low rank, heads, shared layers and reads, each against a formula of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlakit.baselines import METHODS, Bench, Variant
+from mlakit.baselines import heads as heads_room
+from mlakit.baselines.layers import merge_pairs, slerp
+from mlakit.baselines.levels import bell_levels, fit_levels, nearest, random_rotation, turbo
+from mlakit.baselines.low_rank import value_pair
+from mlakit.baselines.prefix import Rotation, read_prefix
+from mlakit.baselines.reads import PAGE, page_bounds, pages_kept, read_share
+from mlakit.baselines.weights import attentions
+from mlakit.checkpoint import open_checkpoint
+from mlakit.data import Source
+from mlakit.evaluation import open_subject
+from mlakit.evaluation.quality import continuation_logits, feed
+from mlakit.families import read_model
+from mlakit.nn.hf import cache_nbytes
+from tiny_models import TEXT, save_tiny
+
+PREFIX, LENGTH = 40, 60
+BY_NAME = {method.name: method for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("bench")
+    path = save_tiny(folder / "model", num_hidden_layers=4)
+    (folder / "text.txt").write_text(TEXT)
+    spec = read_model(open_checkpoint(path).config)
+    source = open_subject(str(path))
+    text = Source("text", str(folder / "text.txt"))
+    return Bench(source, spec, path, folder / "models", (text,), 0)
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(2, 50, (LENGTH,), generator=torch.Generator().manual_seed(1))
+
+
+def logits(variant: Variant, ids: Tensor, chunk: int = LENGTH) -> Tensor:
+    """Of what follows the prefix, through the variant's cache."""
+    prefix = read_prefix(
+        variant.model, ids[:PREFIX], max_length=LENGTH,
+        queries=variant.needs_queries, new_cache=variant.new_cache,
+    )  # fmt: skip
+    cache = variant.compress(prefix)
+    with torch.no_grad(), variant.reading(cache):
+        starts = range(PREFIX, LENGTH, chunk)
+        return torch.cat([feed(variant.model, ids[i : i + chunk], cache, seen=i) for i in starts])
+
+
+def nbytes(variant: Variant, ids: Tensor) -> int:
+    prefix = read_prefix(
+        variant.model, ids[:PREFIX], max_length=LENGTH, new_cache=variant.new_cache
+    )
+    return cache_nbytes(variant.compress(prefix))
+
+
+# A value for every method at which nothing is lost, where there is one.
+WHOLE = {"gqa": 2.0, "pruned-groups": 2.0, "low-rank": 1.0, "clover": 1.0, "mlkv": 1.0,
+         "top-pages": 1.0}  # fmt: skip
+SOME = {"gqa": 1.0, "pruned-groups": 1.0, "low-rank": 0.5, "clover": 0.75, "mlkv": 2.0,
+        "top-pages": 0.5, "minicache": 0.5, "kvquant": 4.0, "turboquant": 4.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_nothing_taken_away_changes_nothing(name: str, bench: Bench, ids: Tensor) -> None:
+    variant = BY_NAME[name].build(bench, WHOLE[name])
+    whole = continuation_logits(bench.source.model, ids, PREFIX)
+    # Sharing and reading give the very numbers; a rotation there and back rounds float32.
+    exact = name in ("gqa", "pruned-groups", "mlkv")
+    torch.testing.assert_close(logits(variant, ids), whole, atol=0 if exact else 2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_steps_equal_one_shot(name: str, bench: Bench, ids: Tensor) -> None:
+    variant = BY_NAME[name].build(bench, SOME[name])
+    # The same sums in another order: float32, logits below 30.
+    torch.testing.assert_close(logits(variant, ids, 1), logits(variant, ids), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name,doses",
+    {
+        "gqa": (1, 2), "pruned-groups": (1, 2), "low-rank": (0.1, 0.25, 0.5, 1.0),
+        "clover": (0.625, 0.75, 1.0), "mlkv": (4, 2, 1), "kvquant": (2, 3, 4),
+        "turboquant": (2, 3, 4),
+    }.items(),
+)  # fmt: skip
+def test_bytes_grow_with_the_dose(
+    name: str, doses: tuple[float, ...], bench: Bench, ids: Tensor
+) -> None:
+    sizes = [nbytes(BY_NAME[name].build(bench, dose), ids) for dose in doses]
+    assert sizes == sorted(set(sizes))
+
+
+def test_the_source_stays_as_it_is(bench: Bench, ids: Tensor) -> None:
+    before = continuation_logits(bench.source.model, ids, PREFIX)
+    for name, dose in SOME.items():
+        logits(BY_NAME[name].build(bench, dose), ids)
+    assert torch.equal(continuation_logits(bench.source.model, ids, PREFIX), before)
+
+
+def test_shares_of_bytes(bench: Bench, ids: Tensor) -> None:
+    own = nbytes(Variant(bench.source.model), ids)
+    for name, dose, share in [
+        ("gqa", 1, 0.5), ("pruned-groups", 1, 0.5), ("low-rank", 0.25, 0.25),
+        ("clover", 0.75, 0.75), ("mlkv", 2, 0.5), ("mlkv", 4, 0.25),
+    ]:  # fmt: skip
+        assert nbytes(BY_NAME[name].build(bench, dose), ids) == share * own, name
+
+
+def test_levels_are_lloyds_for_a_bell() -> None:
+    # Max, Quantizing for minimum distortion, 1960, table I: N = 4 and N = 2.
+    torch.testing.assert_close(
+        bell_levels(2), torch.tensor([-1.510, -0.4528, 0.4528, 1.510]), atol=2e-3, rtol=0
+    )
+    torch.testing.assert_close(bell_levels(1), torch.tensor([-0.798, 0.798]), atol=2e-3, rtol=0)
+
+
+def test_fitted_levels_are_fixed_points() -> None:
+    samples = torch.rand(5000, generator=torch.Generator().manual_seed(0)).double() ** 2
+    levels = fit_levels(samples, 3)
+    chosen = (samples[:, None] - levels).abs().argmin(1)
+    assert torch.equal(nearest(samples, levels), chosen)
+    means = torch.stack([samples[chosen == index].mean() for index in range(8)])
+    torch.testing.assert_close(levels, means, atol=5e-3, rtol=0)  # thirty rounds are near the end
+
+
+def test_turboquant_is_the_formula(bench: Bench, ids: Tensor) -> None:
+    prefix = read_prefix(bench.source.model, ids[:PREFIX], max_length=PREFIX)
+    matrix = random_rotation(8, 3).double()
+    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(8).double(), atol=1e-6, rtol=0)
+    got, _ = turbo(3, 3, prefix).layers[1].unpack()
+    keys = prefix.layers[1][0].double()
+    norms = keys.norm(dim=-1, keepdim=True).half().double()
+    turned = keys / norms @ matrix * 8**0.5
+    levels = bell_levels(3).double()
+    rounded = levels[(turned[..., None] - levels).abs().argmin(-1)]
+    wanted = rounded @ matrix.mT / 8**0.5 * norms
+    # A number half way between two levels may fall to either side in float32.
+    assert ((got - wanted).abs() < 1e-4).double().mean() > 0.99
+
+
+def test_kvquant_keeps_outliers_and_the_first_token(bench: Bench, ids: Tensor) -> None:
+    prefix = read_prefix(bench.source.model, ids[:PREFIX], max_length=PREFIX)
+    layer = BY_NAME["kvquant"].build(bench, 3).compress(prefix).layers[0]
+    keys, values = layer.unpack()
+    exact_keys, exact_values = prefix.layers[0]
+    assert torch.equal(keys[:, :, 0], exact_keys[:, :, 0])
+    packed = layer.packed[1]
+    flat = exact_values[:, :, 1:].flatten()
+    assert len(packed.places) == int(0.01 * flat.numel())
+    far = ((flat.view(packed.shape) - packed.centre.float()) / packed.width.float()).abs().flatten()
+    assert set(packed.places.tolist()) == set(far.topk(len(packed.places)).indices.tolist())
+    torch.testing.assert_close(
+        values[:, :, 1:].flatten()[packed.places.long()], flat[packed.places.long()],
+        atol=1e-2, rtol=1e-3,  # float16
+    )  # fmt: skip
+    levels = torch.tensor(packed.levels)
+    wanted = levels[((flat.view(packed.shape) - packed.centre.float()) / packed.width.float())[
+        ..., None].sub(levels).abs().argmin(-1)]  # fmt: skip
+    rebuilt = (wanted * packed.width.float() + packed.centre.float()).flatten()
+    others = [i for i in range(flat.numel()) if i not in set(packed.places.tolist())]
+    torch.testing.assert_close(values[:, :, 1:].flatten()[others], rebuilt[others])
+
+
+def test_rotation_there_and_back(bench: Bench, ids: Tensor) -> None:
+    prefix = read_prefix(bench.source.model, ids[:PREFIX], max_length=PREFIX)
+    keys = prefix.layers[0][0]
+    rotation = Rotation(bench.source.model, bench.spec)
+    torch.testing.assert_close(rotation.turn(rotation.turn_back(keys)), keys)
+    hidden = bench.source.model.model.embed_tokens(ids[:PREFIX])
+    layer = bench.source.model.model.layers[0]
+    unturned = layer.self_attn.k_proj(layer.input_layernorm(hidden)).unflatten(1, (2, 8))
+    torch.testing.assert_close(
+        rotation.turn_back(keys)[0], unturned.transpose(0, 1), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_low_rank_is_the_best_of_its_rank(bench: Bench) -> None:
+    """On the calibration text itself no other basis of that rank leaves less."""
+    variant = BY_NAME["low-rank"].build(bench, 0.5)
+    layer, left, total = 2, 0.0, []
+    for window in bench.calibration_ids:
+        prefix = read_prefix(bench.source.model, window, max_length=len(window))
+        exact = prefix.layers[layer][1][0].transpose(0, 1).flatten(1).double()
+        got = variant.compress(prefix).layers[layer].unpack()[1][0].transpose(0, 1).flatten(1)
+        left += float((got - exact).square().sum())
+        total.append(exact)
+    singular = torch.linalg.svdvals(torch.cat(total))
+    assert left == pytest.approx(float(singular[8:].square().sum()), rel=1e-4)
+
+
+def test_clover_is_the_truncated_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values, outputs = torch.randn(2, 8, 32, generator=generator), torch.randn(
+        2, 96, 8, generator=generator)  # fmt: skip
+    down, up = (x.double() for x in value_pair(values, outputs, 3))
+    product = outputs.double() @ values.double()
+    best = torch.linalg.svdvals(product)[:, 3:].square().sum(1)
+    got = outputs.double() @ up.mT @ down.mT @ values.double()
+    torch.testing.assert_close((product - got).square().sum((1, 2)), best, rtol=1e-6, atol=0)
+
+
+def test_equal_heads_merge_exactly(bench: Bench, ids: Tensor) -> None:
+    model = heads_room.copied(bench.source.model)
+    for attention in attentions(model):
+        for linear in (attention.k_proj, attention.v_proj):
+            linear.weight.data = linear.weight.data[:8].repeat(2, 1)
+    twin = Bench(
+        bench.source._replace(model=model), bench.spec, bench.path, bench.workspace,
+        bench.calibration, 0,
+    )  # fmt: skip
+    merged = BY_NAME["gqa"].build(twin, 1)
+    torch.testing.assert_close(
+        logits(merged, ids), continuation_logits(model, ids, PREFIX), atol=2e-5, rtol=1e-5
+    )
+
+
+def test_the_group_that_adds_least_is_pruned(bench: Bench) -> None:
+    importance = heads_room.group_importance(bench)
+    seen: dict[int, list[Tensor]] = {}
+    found = attentions(bench.source.model)
+    for index, attention in enumerate(found):
+        attention.o_proj.register_forward_pre_hook(
+            lambda _, args, index=index: seen.setdefault(index, []).append(args[0].detach())
+        )
+    try:
+        with torch.no_grad():
+            for window in bench.calibration_ids:
+                bench.source.model(input_ids=window[None], use_cache=False)
+    finally:
+        for attention in found:
+            attention.o_proj._forward_pre_hooks.clear()
+    for index, attention in enumerate(found):
+        x, weight = torch.cat(seen[index], 1)[0].double(), attention.o_proj.weight.detach().double()
+        wanted = [float((x[:, g * 16 : g * 16 + 16] @ weight[:, g * 16 : g * 16 + 16].mT)
+                        .square().sum()) for g in range(2)]  # fmt: skip
+        assert importance[index].tolist() == pytest.approx(wanted, rel=1e-4)
+        kept = int(torch.tensor(wanted).argmax())
+        pruned = attentions(BY_NAME["pruned-groups"].build(bench, 1).model)[index]
+        rows = attention.k_proj.weight[kept * 8 : kept * 8 + 8]
+        assert torch.equal(pruned.k_proj.weight, rows)
+
+
+def test_slerp_is_half_way() -> None:
+    a = torch.nn.functional.normalize(torch.randn(5, 7).double(), dim=-1)
+    b = torch.nn.functional.normalize(torch.randn(5, 7).double(), dim=-1)
+    middle = slerp(a, b)
+    angle = (a * b).sum(-1).acos()
+    for end in (a, b):
+        torch.testing.assert_close((middle * end).sum(-1).acos(), angle / 2)
+    torch.testing.assert_close(slerp(a, a), a)
+
+
+def test_minicache_is_the_formula(bench: Bench, ids: Tensor) -> None:
+    prefix = read_prefix(bench.source.model, ids[:PREFIX], max_length=PREFIX)
+    cache = merge_pairs(2, prefix)
+    for untouched in (0, 1):
+        assert torch.equal(cache.layers[untouched].keys, prefix.layers[untouched][0])
+    pair = [prefix.layers[i][0][0].transpose(0, 1).flatten(1).double() for i in (2, 3)]
+    units = [x / x.norm(dim=-1, keepdim=True) for x in pair]
+    middle = units[0] + units[1]  # half way on the circle: the bisector
+    middle = middle / middle.norm(dim=-1, keepdim=True)
+    far = (units[0] * units[1]).sum(-1).acos().topk(2).indices  # 5 % of 40
+    for layer, x in zip(cache.layers[2:], pair, strict=True):
+        wanted = middle * x.norm(dim=-1, keepdim=True)
+        wanted[far] = x[far]
+        got = layer.unpack()[0][0].transpose(0, 1).flatten(1).double()
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_minicache_counts_what_is_shared_once(bench: Bench, ids: Tensor) -> None:
+    prefix = read_prefix(bench.source.model, ids[:PREFIX], max_length=PREFIX)
+    row = 16 * 4  # G d numbers of float32
+    layer = 2 * PREFIX * row
+    merged = 2 * (PREFIX * row + 2 * 4 + 2 * (PREFIX * 4 + 2 * row))  # keys and values of a pair
+    assert cache_nbytes(merge_pairs(2, prefix)) == 2 * layer + merged
+
+
+def test_followers_hold_nothing(bench: Bench, ids: Tensor) -> None:
+    variant = BY_NAME["mlkv"].build(bench, 4)
+    prefix = read_prefix(
+        variant.model, ids[:PREFIX], max_length=PREFIX, new_cache=variant.new_cache
+    )
+    assert cache_nbytes(prefix.cache) == 2 * PREFIX * 16 * 4
+    weights = [a.k_proj.weight.double() for a in attentions(bench.source.model)]
+    leader = attentions(variant.model)[0].k_proj.weight.double()
+    torch.testing.assert_close(leader, sum(weights) / 4, atol=1e-6, rtol=0)
+
+
+def test_page_bounds_hold_and_are_reached() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = torch.randn(1, 2, 64, 8, generator=generator), torch.randn(
+        1, 4, 5, 8, generator=generator)  # fmt: skip
+    pages = keys.unflatten(2, (-1, PAGE))
+    bounds = page_bounds(queries, pages.amin(3), pages.amax(3))
+    products = queries @ keys.repeat_interleave(2, 1).mT
+    assert (products.unflatten(3, (-1, PAGE)).amax(-1) <= bounds + 1e-5).all()
+    q, low, high = (
+        queries[0, 3, 2].double(),
+        *(x[0, 1, 1].double() for x in (pages.amin(3), pages.amax(3))),
+    )
+    wanted = sum(max(a * b, a * c) for a, b, c in zip(q, low, high, strict=True))
+    assert float(bounds[0, 3, 2, 1]) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_reading_some_pages_is_attention_over_them(bench: Bench, ids: Tensor) -> None:
+    """The first layer's keys do not depend on what is read: check its output by hand."""
+    variant = BY_NAME["top-pages"].build(bench, 0.5)
+    prefix = read_prefix(bench.source.model, ids[:PREFIX], max_length=LENGTH)
+    cache = variant.compress(prefix)
+    attention = bench.source.model.model.layers[0].self_attn
+    seen: dict[str, Any] = {}
+    handles = [
+        attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(out=args[0])),
+        attention.q_proj.register_forward_hook(lambda _, args, out: seen.update(q=out)),
+    ]
+    with torch.no_grad(), variant.reading(cache):
+        feed(bench.source.model, ids[PREFIX : PREFIX + 1], cache, seen=PREFIX)
+    for handle in handles:
+        handle.remove()
+    positions = torch.tensor([[PREFIX]])
+    cos, sin = bench.source.model.model.rotary_emb(torch.zeros(1), positions)
+    query = seen["q"].view(4, 8).double()
+    half = torch.cat([-query[:, 4:], query[:, :4]], 1)
+    query = query * cos[0].double() + half * sin[0].double()
+    keys, values = (x[0].double() for x in (cache.layers[0].keys, cache.layers[0].values))
+    assert pages_kept(0.5, 2) == 1
+    outputs = []
+    for head in range(4):
+        k, v = keys[head // 2], values[head // 2]
+        bounds = [
+            sum(max(float(a * b), float(a * c)) for a, b, c in zip(
+                query[head], k[p : p + PAGE].amin(0), k[p : p + PAGE].amax(0), strict=True))
+            for p in (0, PAGE)
+        ]  # fmt: skip
+        first = PAGE * bounds.index(max(bounds))
+        rows = [*range(first, first + PAGE), *range(2 * PAGE, PREFIX + 1)]
+        outputs.append((k[rows] @ query[head] * 8**-0.5).softmax(0) @ v[rows])
+    torch.testing.assert_close(
+        seen["out"].flatten().double(), torch.cat(outputs), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_share_of_bytes_read() -> None:
+    # Per 16 tokens and head: 32 vectors of keys and values, and two bounds; half are read.
+    assert read_share(0.5) == pytest.approx((2 + 16) / 34)
+
+
+def test_every_method_says_what_it_leaves_out() -> None:
+    names = [method.name for method in METHODS]
+    assert len(set(names)) == len(names)
+    for method in METHODS:
+        assert method.differs.endswith(".") and len(method.differs) < 220, method.name
+        assert Path(method.name).name == method.name
