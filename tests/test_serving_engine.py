@@ -222,10 +222,15 @@ def test_a_fault_outside_of_any_request_ends_all_of_them() -> None:
         admit()
 
     engine.scheduler.admit = admits  # type: ignore[method-assign]
-    _, first = watched.submit("a", GREEDY)
+    first, ended = Listener(), threading.Event()
+
+    def listen(piece: Piece) -> None:
+        first(piece)
+        ended.set()
+
+    engine.submit([0, 5], GREEDY, listen)
     engine.start()
-    while engine.stats().finished != {"error": 1}:
-        pass
+    assert ended.wait(timeout=60)
     _, second = watched.submit("a", GREEDY)
     assert engine.drain(timeout=60)
     engine.stop()

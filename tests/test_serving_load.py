@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -10,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 
 from latent_models import FORMS, latent_model
+from mlakit.conversion.apply import convert
 from mlakit.errors import UsageError
+from mlakit.evaluation import open_subject
 from mlakit.serving.request import Sampling
 from mlakit.spec import QUANTISED_ROWS
 from serving_cases import Watched, expected, heard
+from test_family_matrix import save
 from test_generation import SIZES, TOKENIZER
 
 PROMPTS = ["a", "", "the cat sat", "the cat sat on", "the cat sat on the mat", "the dog", "grüße €"]
@@ -111,6 +115,20 @@ def test_quantised_pages(form: str, kind: str) -> None:
         watched.finish()
         assert heard(listeners) == expected(model, TOKENIZER, PROMPTS, sampling)
         assert bool(watched.engine.stats().preemptions) == bool(options)
+
+
+@pytest.mark.parametrize(
+    "case", ["gemma2", "gemma3_text", "smollm3", "qwen3_moe", "glm", "phi3-window"]
+)
+def test_families_with_windows_caps_and_experts(case: str, tmp_path: Path) -> None:
+    convert(save(tmp_path / "source", case), tmp_path / "out", equal_cache=True)
+    subject = open_subject(tmp_path / "out")
+    texts = ["abcabc", "abc", "hello abc", "zzzz zzz", "abcabcabcabcabd", "q"]
+    for sampling in (Sampling(20, temperature=0.0), Sampling(20, temperature=0.9, seed=1)):
+        watched = Watched(subject.model, subject.tokenizer, pages=17, prefill_chunk=7)
+        listeners = [watched.submit(text, sampling)[1] for text in texts]
+        watched.finish()
+        assert heard(listeners) == expected(subject.model, subject.tokenizer, texts, sampling)
 
 
 def test_preempted_texts_lose_nothing_and_find_their_pages_again() -> None:

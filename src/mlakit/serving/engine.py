@@ -38,7 +38,9 @@ SHARE_OF_MEMORY = 0.8
 
 
 class Engine:
-    """Writes many texts at once; each is what it would be alone.
+    """Writes many texts at once; each is what ``generate`` writes of it alone.
+
+    (In 16 bits that holds up to rounding, as it does for the batches of ``generate``.)
 
     A step feeds one token of every running request, together, and then at most one chunk of
     prompts, so a long prompt holds nobody up for longer than a chunk. Requests share pages of
