@@ -16,6 +16,8 @@ from mlakit.baselines.levels import bell_levels, fit_levels, nearest, random_rot
 from mlakit.baselines.low_rank import value_pair
 from mlakit.baselines.prefix import Rotation, read_prefix
 from mlakit.baselines.reads import PAGE, page_bounds, pages_kept, read_share
+from mlakit.baselines.states import linear_bytes, mamba_bytes, rwkv_bytes, yoco_bytes
+from mlakit.baselines.weight_size import DAMP, gptq, wanda
 from mlakit.baselines.weights import attentions
 from mlakit.checkpoint import open_checkpoint
 from mlakit.data import Source
@@ -363,3 +365,75 @@ def test_every_method_says_what_it_leaves_out() -> None:
     for method in METHODS:
         assert method.differs.endswith(".") and len(method.differs) < 220, method.name
         assert Path(method.name).name == method.name
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_wanda_is_the_formula(share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    pruned = wanda(weight, (x.mT @ x).double() / 50, share)
+    for row, kept in zip(weight, pruned, strict=True):
+        scores = [abs(float(w)) * float(x[:, j].norm()) for j, w in enumerate(row)]
+        order = sorted(range(8), key=lambda j: scores[j])
+        gone = set(order[: int(8 * share)])
+        assert kept.tolist() == [0.0 if j in gone else float(w) for j, w in enumerate(row)]
+
+
+def test_gptq_is_optimal_brain_quantisation() -> None:
+    """The same without the Cholesky factor: each column leaves the inverse Hessian by elimination.
+
+    Source: Frantar et al., arXiv 2210.17323, equations 2 and 3.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 12, generator=generator).double()
+    x = torch.randn(80, 12, generator=generator).double() @ torch.randn(
+        12, 12, generator=generator).double()  # fmt: skip
+    moment = x.mT @ x / 80
+    left = weight.clone()
+    inverse = torch.linalg.inv(moment + DAMP * moment.diagonal().mean() * torch.eye(12))
+    low, high = weight.amin(1), weight.amax(1)
+    step = (high - low) / 15
+    for j in range(12):
+        rounded = low + step * ((left[:, j] - low) / step).round().clamp(0, 15)
+        change = (left[:, j] - rounded) / inverse[j, j]
+        left -= change[:, None] * inverse[j] * (torch.arange(12) >= j)
+        left[:, j] = rounded
+        inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
+    got = gptq(weight, moment, 4)
+    torch.testing.assert_close(got, left, atol=1e-9, rtol=0)
+    plain = low[:, None] + step[:, None] * ((weight - low[:, None]) / step[:, None]).round()
+    errors = [float(((w - weight) @ moment * (w - weight)).sum()) for w in (got, plain)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("name,dose,least,most", [("wanda", 0.5, 0.5, 0.7), ("gptq", 4, 0.1, 0.6)])
+def test_weights_shrink_and_the_cache_stays(
+    name: str, dose: float, least: float, most: float, bench: Bench, ids: Tensor
+) -> None:
+    variant = BY_NAME[name].build(bench, dose)
+    assert nbytes(variant, ids) == nbytes(Variant(bench.source.model), ids)
+    own = sum(p.nbytes for p in bench.source.model.parameters())
+    assert variant.weight_bytes is not None and least < variant.weight_bytes / own < most
+    linear = variant.model.model.layers[1].mlp.down_proj.weight
+    if name == "wanda":
+        assert ((linear == 0).sum(1) == linear.shape[1] // 2).all()
+    else:
+        assert max(len(set(row.tolist())) for row in linear) <= 16
+
+
+def test_states_are_those_that_transformers_holds(bench: Bench) -> None:
+    from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
+
+    size, layers = bench.spec.hidden_size, len(bench.spec.layers)
+    ids = torch.tensor([[1, 2, 3]])
+    config = RwkvConfig(vocab_size=9, hidden_size=size, num_hidden_layers=layers)
+    state = RwkvForCausalLM(config)(ids, use_cache=True).state
+    assert sum(t.nbytes for t in state) == rwkv_bytes(bench.spec, 3, 4)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=size, num_hidden_layers=layers))
+    cache = mamba(ids, use_cache=True).cache_params
+    assert cache_nbytes(cache) == mamba_bytes(bench.spec, 3, 4)
+    # 4 query heads of 8: a state of 8 x 8 and a normaliser of 8 each, float32.
+    assert linear_bytes(bench.spec, 3, 2) == layers * 4 * (64 + 8) * 4
+    # 2 K/V heads of 8, keys and values, 2 bytes: one cache, and two windows of the lower half.
+    assert yoco_bytes(bench.spec, 5000, 2) == 64 * (5000 + 2 * 1024)
+    assert yoco_bytes(bench.spec, 100, 2) == 64 * 3 * 100

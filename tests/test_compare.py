@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ def test_the_verb_prints_and_writes(tiny: Path, text: Path, tmp_path: Path) -> N
     written = Comparison.model_validate_json((out / "compare.json").read_bytes())
     page = (out / "compare.html").read_text()
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
-    assert all(entry.differs in page for entry in written.methods[1:])
+    assert all(html.escape(entry.differs) in page for entry in written.methods[1:])
+    assert all(each.title in page and each.title in done.output for each in written.sized)
 
 
 def test_windows_are_those_of_eval(tiny: Path, text: Path, tmp_path: Path) -> None:

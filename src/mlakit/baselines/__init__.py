@@ -6,7 +6,7 @@ A cache layer that packs a prefix (``prefix.PrefixLayer``), the queries of every
 
 from __future__ import annotations
 
-from mlakit.baselines import bits, heads, layers, levels, low_rank, reads, tokens
+from mlakit.baselines import bits, heads, layers, levels, low_rank, reads, tokens, weight_size
 from mlakit.baselines.method import Bench, Method, Setting, Variant, require_plain
 from mlakit.baselines.prefix import Prefix, read_prefix
 
@@ -29,5 +29,6 @@ METHODS: tuple[Method, ...] = (
     *low_rank.METHODS,
     *layers.METHODS,
     *reads.METHODS,
+    *weight_size.METHODS,
 )
 """Every method of this room, in the order that tables have."""

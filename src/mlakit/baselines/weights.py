@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def copied(model: PreTrainedModel) -> PreTrainedModel:
 def watch_inputs(
     model: PreTrainedModel,
     ids: Tensor,
-    modules: dict[Any, nn.Module],
+    modules: Mapping[Any, nn.Module],
     see: Callable[[Any, Tensor], None],
 ) -> None:
     """Runs windows ``[n, T]`` and shows ``see(key, x)`` the inputs ``[T, n]`` of modules."""

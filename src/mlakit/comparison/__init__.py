@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlakit.baselines import Bench, Method, Setting, Variant, require_plain
+from mlakit.baselines.states import sized
 from mlakit.checkpoint import open_checkpoint
 from mlakit.comparison.exam import Exam
 from mlakit.comparison.journal import Journal
@@ -129,6 +130,12 @@ def compare(
         methods=plan.entries,
         points=[point for point in found if isinstance(point, Point)],
         missing=[point for point in found if isinstance(point, Missing)],
+        sized=sized(
+            spec,
+            source.context,
+            source.model.dtype.itemsize,
+            memory.source.measured_bytes / exam.length,
+        ),
         environment=environment.model_copy(update={"created": None}),
     )
     return measured.model_copy(update={"answers": answers(measured)})

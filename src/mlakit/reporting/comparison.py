@@ -99,6 +99,22 @@ class Missing(Record):
     reason: str
 
 
+class Sized(Record):
+    """A kind of model that would have to be trained: its cache by account, no score.
+
+    Attributes:
+        nbytes: of one sequence of ``length`` tokens.
+        percent_of_own: of the source's cache at that length.
+    """
+
+    title: str
+    source: str
+    note: str
+    nbytes: int
+    length: int
+    percent_of_own: float
+
+
 class Answer(Record):
     """One of the questions that a comparison answers.
 
@@ -124,6 +140,7 @@ class Comparison(Record):
         recall: the source's own, of every kind and length; points hold those that it can do.
         points: the original first.
         missing: what could not be measured.
+        sized: what was only counted.
         environment: where it ran; without the clock, so that the same run gives the same file.
     """
 
@@ -140,6 +157,7 @@ class Comparison(Record):
     methods: list[MethodEntry]
     points: list[Point]
     missing: list[Missing]
+    sized: list[Sized] = Field(default_factory=list)
     answers: list[Answer] = Field(default_factory=list)
     environment: Environment
 

@@ -83,13 +83,22 @@ def notes(found: Comparison) -> list[str]:
     return listed
 
 
+def sizes(found: Comparison) -> list[str]:
+    """What would have to be trained, one sentence each: bytes by account and no score."""
+    return [
+        f"{s.title}, not scored: {s.note}; by account {s.nbytes:,} bytes for {s.length:,} tokens, "
+        f"{percent(s.percent_of_own)} of your own cache"
+        for s in found.sized
+    ]
+
+
 def print_comparison(found: Comparison, console: Console) -> None:
     """Prints the answers, the table and what to know of it.
 
     A console that is not a terminal gets tab-separated lines that tools can cut.
     """
     answers = [f"{answer.question}\n  {answer.text}" for answer in found.answers]
-    caption = "\n".join(f"note: {note}" for note in notes(found))
+    caption = "\n".join(f"note: {note}" for note in (*notes(found), *sizes(found)))
     lines = table(found)
     if not console.is_terminal:
         cut = ["\t".join(lines[0]), *("\t".join(line.values()) for line in lines)]
