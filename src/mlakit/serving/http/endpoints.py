@@ -118,7 +118,7 @@ class Service:
 
     async def openapi(self, request: Request) -> Response:
         """``GET /openapi.json``."""
-        return JSONResponse(document())
+        return JSONResponse(document(self.name, self.limits.tokens))
 
     async def home(self, request: Request) -> Response:
         """``GET /``: for people."""

@@ -27,13 +27,23 @@ ANSWERS: tuple[type[BaseModel], ...] = (
 )
 
 
-def document() -> dict[str, Any]:
-    """OpenAPI 3.1, as JSON takes it."""
+def document(model: str, tokens: int) -> dict[str, Any]:
+    """OpenAPI 3.1, as JSON takes it.
+
+    Args:
+        model: name of the served model.
+        tokens: most of a prompt and its continuation.
+    """
     kinds: list[tuple[type[BaseModel], JsonSchemaMode]] = [
         *((kind, "validation") for kind in BODIES),
         *((kind, "serialization") for kind in ANSWERS),
     ]
     _, schemas = models_json_schema(kinds, ref_template=REFERENCE)
+    for body in BODIES:
+        fields = schemas["$defs"][body.__name__]["properties"]
+        fields["model"]["anyOf"][0]["enum"] = [model]
+        for name in fields.keys() & {"max_tokens", "max_completion_tokens"}:
+            fields[name]["anyOf"][0]["maximum"] = tokens - 1
     return {
         "openapi": "3.1.0",
         "info": {"title": "mlakit serve", "version": __version__},

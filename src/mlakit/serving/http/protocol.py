@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mlakit.serving.http.refusal import Refusal
 from mlakit.serving.request import Sampling
@@ -67,8 +67,17 @@ CHAT_ONLY: Refused = {
 }
 
 Body = TypeVar("Body", bound="GenerationFields")
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 5.0 is a whole one too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Seed = Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)]
+TokenId = Annotated[Whole, Field(ge=0, le=2**31 - 1)]
+Tokens = Annotated[Whole, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
@@ -92,7 +101,7 @@ class GenerationFields(Fields):
     refused: ClassVar[Refused] = EXTENSIONS
 
     model: str | None = Field(None, description="The served model; any other name is a 404.")
-    n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="Choices; 1.")
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = Field(None, description="Choices; 1.")
     stream: bool | None = Field(None, description="Server-sent events, a chunk at a time.")
     stream_options: StreamOptions | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = Field(
@@ -105,7 +114,7 @@ class GenerationFields(Fields):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Sample from this share of probability; 1 by default."
     )
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+    top_k: Annotated[Whole, Field(ge=-1, le=2**31 - 1)] | None = Field(
         None, description="Sample from so many tokens; 0 or -1: from all (an extension)."
     )
     presence_penalty: Penalty | None = Field(None, description="For tokens that were written.")
@@ -186,8 +195,8 @@ class CompletionRequest(GenerationFields):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     ) = Field(description="One text or several, as strings or as token ids.")
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="16 by default.")
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(
+    max_tokens: Tokens | None = Field(None, description="16 by default.")
+    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = Field(
         None, description="Log probabilities of the tokens and of so many likeliest ones."
     )
     echo: bool | None = Field(None, description="Put the prompt before the text.")
@@ -242,14 +251,10 @@ class ChatRequest(GenerationFields):
     refused: ClassVar[Refused] = {**GenerationFields.refused, **CHAT_ONLY}
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Older name of max_completion_tokens."
-    )
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="As many as fit by default."
-    )
+    max_tokens: Tokens | None = Field(None, description="Older name of max_completion_tokens.")
+    max_completion_tokens: Tokens | None = Field(None, description="As many as fit by default.")
     logprobs: bool | None = Field(None, description="Log probabilities of the tokens.")
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = Field(
         None, description="And of so many likeliest ones."
     )
     safety_identifier: str | None = Field(None, max_length=256, description="As 'user'.")
@@ -287,6 +292,13 @@ NAMES = frozenset(
 """Names of fields; the other parts of an error's place are pydantic's own."""
 
 
+EITHER = {
+    "prompt": "Input should be a string, strings, token ids, or lists of token ids; none empty",
+    "stop": "Input should be a string of 1 to 256 characters, or at most 16 of them",
+}
+"""Of fields that may be several things, where pydantic would tell of each what is wrong with it."""
+
+
 def parse(kind: type[Body], body: bytes) -> Body:
     """The request that a body holds.
 
@@ -297,10 +309,13 @@ def parse(kind: type[Body], body: bytes) -> Body:
         found = kind.model_validate_json(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
-        said: dict[str, str] = {}  # of a field that may be several things, the last is the one
+        said: dict[str, str] = {}
         for problem in problems:
             names = [part for part in problem["loc"] if part in NAMES or isinstance(part, int)]
-            said[".".join(map(str, names))] = problem["msg"]
+            if names and names[0] in EITHER:
+                said[str(names[0])] = EITHER[str(names[0])]
+            else:
+                said[".".join(map(str, names))] = problem["msg"]
         words = [f"{place}: {message}" if place else message for place, message in said.items()]
         param = str(problems[0]["loc"][0]) if problems[0]["loc"] else None
         raise Refusal(400, "; ".join(words[:4]), param=param) from None
