@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -197,3 +198,11 @@ def test_without_its_packages_the_verb_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delitem(sys.modules, "mlakit.serving.http.server", raising=False)
     done = CliRunner().invoke(app, ["serve", "anything"])
     assert isinstance(done.exception, MlakitError) and "mlakit[serve]" in str(done.exception)
+
+
+def test_the_page_says_what_the_commands_print() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\$ mlakit (serve .+ --engine vllm .+)\n(vllm .+\n)", page, re.MULTILINE)
+    assert len(shown) == 4
+    for command, output in shown:
+        assert CliRunner().invoke(app, shlex.split(command)).output == output

@@ -67,6 +67,7 @@ def server() -> Iterator[Running]:
         ("logit_bias", {"300": 1}),
         ("presence_penalty", 3),
         ("seed", 2**63),
+        ("seed", 10**300),
     ],
 )
 def test_a_bad_completion_names_the_field(server: Running, field: str, value: Any) -> None:
@@ -118,7 +119,7 @@ def test_a_template_s_own_words_reach_the_client(server: Running) -> None:
 
 
 def test_bodies_that_are_none(server: Running) -> None:
-    for content in (b"", b"{", b"[]", b"\xff", b'"a"', b'{"prompt": "\\ud800"}'):
+    for content in (b"", b"{", b"[]", b"\xff", b'"a"', b'{"prompt": "\\ud800"}', b"[" * 3000):
         response = server.http.post(
             PLAIN, content=content, headers={"Content-Type": "application/json"}
         )

@@ -80,6 +80,9 @@ TokenId = Annotated[Whole, Field(ge=0, le=2**31 - 1)]
 Tokens = Annotated[Whole, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias], Field(max_length=1024)
+]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -119,7 +122,7 @@ class GenerationFields(Fields):
     )
     presence_penalty: Penalty | None = Field(None, description="For tokens that were written.")
     frequency_penalty: Penalty | None = Field(None, description="For each time they were.")
-    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = Field(
+    logit_bias: Biases | None = Field(
         None, description="Token ids, as strings, and what is added to their logits."
     )
     ignore_eos: bool | None = Field(

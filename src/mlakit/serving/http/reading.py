@@ -15,9 +15,7 @@ from mlakit.serving.http.refusal import Refusal
 
 
 class PromptReader:
-    """Prompts and conversations as token ids.
-
-    Tokenizers are not made for several threads that set them up at once: one thread reads.
+    """Prompts and conversations as token ids; used by one thread, while the engine's decodes.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -25,6 +23,7 @@ class PromptReader:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        tokenizer("a")  # sets truncation and padding for good, before there is another thread
 
     def prompt(self, prompt: str | list[int]) -> list[int]:
         """A plain prompt, as ``mlakit.generate`` reads it; ids are taken as they are.
