@@ -114,8 +114,11 @@ def test_a_dry_run_says_what_fits(folder: Path) -> None:
         folder, "--cache-memory", "1MiB", "--device", "cpu", "--max-tokens", 100, "--json"
     )
     assert json.loads(done.output) == plan.as_dict()
-    with pytest.raises(UsageError, match="one request may have 4096"):
-        serve(folder, dry_run=True, cache_memory="64KiB", device="cpu")
+    tight = serve(folder, dry_run=True, cache_memory="64KiB", device="cpu")
+    assert isinstance(tight, CachePlan)
+    assert (tight.requests, tight.request_tokens) == (1, tight.tokens)
+    with pytest.raises(UsageError, match="no page"):
+        serve(folder, dry_run=True, cache_memory="1KiB", device="cpu")
 
 
 def test_memory_is_bytes_or_a_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -212,6 +213,21 @@ def test_who_goes_away_costs_nothing_more(
     assert line["finish"] == {"cancelled": 2}
     assert line["status"] == (200 if stream else 499)
     assert line["stream"] is stream and line["completion_tokens"] > 0
+
+
+def test_who_goes_away_before_the_body_is_there(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mlakit.access")
+    port = server.server.listener.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            b'Content-Length: 1000\r\n\r\n{"prompt": '
+        )
+    wait_until(lambda: bool(caplog.messages))
+    line = json.loads(caplog.messages[0])
+    assert (line["status"], line["reason"]) == (499, "disconnected")
 
 
 def test_an_engine_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -82,14 +84,14 @@ def serve(
     options = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
     from mlakit.serving.http.serve import serve as run
 
-    _log_to_stderr()
     try:
-        found = run(
-            model,
-            engine_options=engine_options or (),
-            dry_run=dry_run,
-            **options | {"cors_origin": cors_origin or ()},
-        )
+        with log_to_stderr():
+            found = run(
+                model,
+                engine_options=engine_options or (),
+                dry_run=dry_run,
+                **options | {"cors_origin": cors_origin or ()},
+            )
     except ModuleNotFoundError as error:
         raise MlakitError(
             f"{error.name} is not installed, and serve needs it",
@@ -102,11 +104,14 @@ def serve(
 NOT_OPTIONS = ("model", "engine_options", "dry_run", "as_json")
 
 
-def _log_to_stderr() -> None:
-    """The server's own lines and one JSON line per request."""
-    handler = logging.StreamHandler()
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """The server's own lines and one line of JSON per request."""
+    handler, logger = logging.StreamHandler(), logging.getLogger("mlakit")
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("mlakit")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlakit.account import ITEMSIZE, cache_bytes, parse_bytes
+from mlakit.account import ITEMSIZE, NO_LIMIT, cache_bytes, parse_bytes
 from mlakit.checkpoint import Checkpoint, open_checkpoint
 from mlakit.errors import MlakitError, UsageError
 from mlakit.families import read_model
@@ -28,7 +28,7 @@ class CachePlan:
         weight_bytes: of the checkpoint.
         pages: in the pool, of 64 tokens each.
         cache_bytes: of all pages.
-        request_tokens: most tokens of one request.
+        request_tokens: most tokens of one request: what it may have, and the pool can hold.
         max_batch_size: most requests that run at once.
     """
 
@@ -86,7 +86,7 @@ def plan_cache(model: str | Path, options: ServeOptions) -> CachePlan:
         options: how it would be served.
 
     Raises:
-        UsageError: the model was not converted, or not one request fits.
+        UsageError: the model was not converted, or not one page fits.
         MlakitError: files are missing or do not hold what the config says.
     """
     checkpoint = open_checkpoint(model)
@@ -101,11 +101,8 @@ def plan_cache(model: str | Path, options: ServeOptions) -> CachePlan:
     if dtype not in ITEMSIZE:
         raise UsageError(f"there is no dtype {dtype!r}", remedy="use float32, bfloat16 or float16")
     weights = checkpoint.nbytes_total * ITEMSIZE[dtype] // ITEMSIZE[spec.dtype]
-    context, batch = (
-        spec.max_position_embeddings,
-        options.max_batch_size or DEFAULTS["max_batch_size"],
-    )
-    request = min(options.max_tokens or context, context)
+    batch = options.max_batch_size or DEFAULTS["max_batch_size"]
+    request = min(options.max_tokens or NO_LIMIT, spec.max_position_embeddings)
     layers = spec.layers
     if options.cache_format is not None:
         layers = tuple(replace(layer, cache_format=options.cache_format) for layer in layers)
@@ -116,15 +113,14 @@ def plan_cache(model: str | Path, options: ServeOptions) -> CachePlan:
         pool = batch * -(-request // BLOCK_SIZE) * page
         free = free_bytes(device, weights)
         pool = pool if free is None else min(pool, int(DEFAULT_SHARE * free))
-    plan = CachePlan(
-        options.called(model), weights, pool // page, pool // page * page, request, batch
-    )
-    if not plan.requests:
+    pages = pool // page
+    if not pages:
         raise UsageError(
-            f"the cache holds {plan.tokens} tokens, and one request may have {request}",
-            remedy="give a larger --cache-memory or a smaller --max-tokens",
+            f"a cache of {pool} bytes holds no page of {BLOCK_SIZE} tokens, which takes {page}",
+            remedy="give more: --cache-memory 2GiB",
         )
-    return plan
+    request = min(request, pages * BLOCK_SIZE)
+    return CachePlan(options.called(model), weights, pages, pages * page, request, batch)
 
 
 DEFAULT_SHARE = 0.8

@@ -9,6 +9,7 @@ import logging
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -65,6 +66,8 @@ class Entrance:
         except Refusal as refusal:
             record.reason = refusal.message
             await refusal.response()(scope, receive, answer)
+        except ClientDisconnect:  # before the body had come
+            await NoAnswer(record)(scope, receive, answer)
         except Exception as error:
             FAILURES.exception("request %s failed", record.identity)
             record.reason = f"{type(error).__name__}: {error}"

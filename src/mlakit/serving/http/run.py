@@ -18,6 +18,7 @@ from mlakit.serving.http.reading import use_chat_template
 from mlakit.serving.http.server import Server, listen
 from mlakit.serving.options import DEFAULTS, KEY, ServeOptions
 from mlakit.serving.plan import CachePlan, device_of, pool_bytes
+from mlakit.spec import BLOCK_SIZE
 
 LOG = logging.getLogger("mlakit.serve")
 
@@ -52,8 +53,16 @@ def run(model: str | Path, options: ServeOptions) -> None:
         max_tokens_per_request=options.max_tokens,
         max_waiting=given["max_waiting"],
     )
-    name = options.called(model)
-    limits = Limits(tokens=engine.max_tokens, waiting=engine.max_waiting, body=body)
+    name, stats = options.called(model), engine.stats()
+    plan = CachePlan(
+        model=name,
+        weight_bytes=sum(tensor.nbytes for tensor in subject.model.parameters()),
+        pages=stats.pages_total,
+        cache_bytes=stats.cache_nbytes,
+        request_tokens=min(engine.max_tokens, stats.pages_total * BLOCK_SIZE),
+        max_batch_size=given["max_batch_size"],
+    )
+    limits = Limits(tokens=plan.request_tokens, waiting=engine.max_waiting, body=body)
     server = Server(
         Service(engine, subject.tokenizer, name, limits),
         listener,
@@ -61,19 +70,7 @@ def run(model: str | Path, options: ServeOptions) -> None:
         cors_origins=tuple(options.cors_origin),
         drain_seconds=given["drain_timeout"],
     )
-    stats = engine.stats()
-    _say(
-        listener,
-        options.key,
-        CachePlan(
-            model=name,
-            weight_bytes=sum(tensor.nbytes for tensor in subject.model.parameters()),
-            pages=stats.pages_total,
-            cache_bytes=stats.cache_nbytes,
-            request_tokens=engine.max_tokens,
-            max_batch_size=given["max_batch_size"],
-        ),
-    )
+    _say(listener, options.key, plan)
     engine.start()
     try:
         asyncio.run(server.serve())
