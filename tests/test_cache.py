@@ -17,6 +17,7 @@ from mlakit.account import cache_bytes
 from mlakit.errors import MlakitError, UsageError
 from mlakit.nn.cache import LatentCache
 from mlakit.nn.hf import attention_specs, cache_nbytes, new_cache
+from mlakit.nn.page_pool import PagePool
 from mlakit.ops import CacheFormat
 from mlakit.spec import QUANTISED_ROWS, AttentionSpec
 
@@ -313,3 +314,30 @@ def test_a_stock_deepseek_model_can_use_it() -> None:
     assert torch.equal(
         model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options)
     )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pool_feeds_any_sequences_at_any_pace(form: str) -> None:
+    """Three texts of one prefix, fed in different company each time; two share a page."""
+    model, ids = latent_model(form=form), token_ids(3, 14)
+    ids[1, :4] = ids[0, :4]
+    with torch.no_grad():
+        whole = model(ids).logits
+    pool = PagePool(attention_specs(model), 20, dtype=torch.float32, block_size=4)
+    poison(pool)
+    tables = [[7, 3, 12, 0], [7, 9, 1, 4], [19, 2, 5, 11]]
+
+    def feed(*spans: tuple[int, int, int]) -> None:
+        rows, starts, stops = zip(*spans)
+        new = [ids[row, start:stop].tolist() for row, start, stop in spans]
+        found = pool.feed(model, [tables[row] for row in rows], starts, new)
+        expected = torch.stack([whole[row, stop - 1] for row, stop in zip(rows, stops)])
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+    feed((0, 0, 4))
+    feed((2, 0, 3), (0, 4, 9))
+    feed((1, 4, 10), (2, 3, 4), (0, 9, 10))
+    feed((0, 10, 11), (1, 10, 11), (2, 4, 5))
+    feed((2, 5, 14))
+    with pytest.raises(MlakitError, match="pool"):
+        pool.reorder_cache(torch.tensor([0, 1]))

@@ -162,26 +162,45 @@ class Faulty:
         return output
 
 
-def test_a_fault_ends_the_requests_of_its_step_and_no_others() -> None:
+def test_a_fault_ends_the_request_it_comes_from_and_no_other() -> None:
     model = Faulty(model_of("compress"))
-    watched = Watched(model, TOKENIZER, prefill_chunk=64)
-    _, fine = watched.submit("hello there", GREEDY)
-    watched.step()
-    model.fails = lambda ids: ids.shape == (1, 2)  # the prompt "a"
-    _, ended = watched.submit("a", GREEDY)
-    watched.step()
-    assert (ended.reason, ended.last.error) == ("error", "RuntimeError: out of luck")
-    model.fails = lambda ids: ids.shape == (2, 1)  # a decode batch of two
-    _, other = watched.submit("abc", GREEDY)
-    watched.step()
-    watched.step()
-    _, late = watched.submit("abcd", GREEDY)
+    watched = Watched(model, TOKENIZER)
+    texts = ["hello there", "abc", "a", "xyz"]
+    want = expected(model.model, TOKENIZER, texts, GREEDY)
+    poison = next(t for t in want[1][0][2:] if t not in want[0][0] + want[3][0])
+    last = TOKENIZER("a")["input_ids"][-1]
+    model.fails = lambda ids: (
+        bool((ids == poison).any()) or (ids.shape[1] > 1 and bool((ids[:, -1] == last).any()))
+    )
+    listeners = [watched.submit(text, GREEDY)[1] for text in texts]
     watched.finish()
-    assert [x.reason for x in (fine, other, late)] == ["error", "error", "length"]
-    want = expected(model.model, TOKENIZER, ["hello there", "abcd"], GREEDY)
-    assert fine.token_ids == want[0][0][: len(fine.token_ids)]
-    assert late.token_ids == want[1][0]
-    assert watched.engine.stats().finished == {"error": 3, "length": 1}
+    assert [x.reason for x in listeners] == ["length", "error", "error", "length"]
+    assert {x.last.error for x in listeners[1:3]} == {"RuntimeError: out of luck"}
+    assert [listeners[place].token_ids for place in (0, 3)] == [want[0][0], want[3][0]]
+    assert listeners[1].token_ids == want[1][0][: want[1][0].index(poison) + 1]
+    assert listeners[2].token_ids == []
+
+
+def test_memory_that_is_too_small_for_a_batch_is_used_one_by_one() -> None:
+    model = Faulty(model_of("compress"))
+    watched = Watched(model, TOKENIZER)
+    model.fails = lambda ids: len(ids) > 1
+    sampling = Sampling(12, temperature=0.8, seed=3)
+    listeners = [watched.submit(prompt, sampling)[1] for prompt in PROMPTS]
+    watched.finish()
+    assert heard(listeners) == expected(model.model, TOKENIZER, PROMPTS, sampling)
+
+
+def test_a_tokenizer_that_fails_ends_one_request() -> None:
+    watched = Watched(model_of("compress"), TOKENIZER)
+    listeners = [watched.submit(prompt, GREEDY)[1] for prompt in ("abc", "hello there")]
+    job = watched.engine._jobs[1]
+    job.text.stream.push = lambda token: 1 // 0  # type: ignore[method-assign]
+    watched.finish()
+    assert listeners[0].last.error == "ZeroDivisionError: integer division or modulo by zero"
+    assert heard(listeners[1:]) == expected(
+        watched.engine.model, TOKENIZER, ["hello there"], GREEDY
+    )
 
 
 def test_logits_that_are_not_numbers_end_their_own_request_only() -> None:

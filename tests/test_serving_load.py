@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,9 @@ from latent_models import FORMS, latent_model
 from mlakit.conversion.apply import convert
 from mlakit.errors import UsageError
 from mlakit.evaluation import open_subject
-from mlakit.serving.request import Sampling
+from mlakit.serving.request import Piece, QueueFull, Sampling
 from mlakit.spec import QUANTISED_ROWS
-from serving_cases import Watched, expected, heard
+from serving_cases import Listener, Watched, expected, heard
 from test_family_matrix import save
 from test_generation import SIZES, TOKENIZER
 
@@ -210,3 +213,55 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
         assert not long.pieces
     watched.finish()
     assert len(long.token_ids) == 2
+
+
+def test_clients_on_threads_cancel_retry_and_are_not_mixed_up() -> None:
+    model = model_of("compress", None)
+    watched = Watched(model, TOKENIZER, pages=14, max_batch_size=4, max_waiting=3)
+    engine = watched.engine
+    engine.start()
+    wrong: list[str] = []
+
+    def client(number: int) -> None:
+        draw = random.Random(number)
+        for _ in range(8):
+            prompt, wish = draw.randrange(len(PROMPTS)), draw.randrange(len(WISHES))
+            listener, ended = Listener(), threading.Event()
+
+            def listen(piece: Piece, listener: Listener = listener, ended: Any = ended) -> None:
+                listener(piece)
+                if piece.finish_reason:
+                    ended.set()
+
+            ids = TOKENIZER(PROMPTS[prompt])["input_ids"]
+            while True:
+                try:
+                    ticket = engine.submit(ids, WISHES[wish], listen)
+                    break
+                except QueueFull:
+                    time.sleep(0.01)
+            if draw.random() < 0.4:
+                time.sleep(draw.random() * 0.1)
+                engine.cancel(ticket)
+            if not ended.wait(timeout=60):
+                wrong.append(f"{number} was forgotten")
+            tokens = alone("compress", None, prompt, wish)[0]
+            if listener.reason == "cancelled":
+                tokens = tokens[: len(listener.token_ids)]
+            if listener.token_ids != tokens:
+                wrong.append(f"{number} heard {listener.token_ids} and not {tokens}")
+
+    for prompt in range(len(PROMPTS)):
+        for wish in range(len(WISHES)):
+            alone("compress", None, prompt, wish)
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    engine.stop()
+    assert not wrong
+    watched.check()
+    stats = engine.stats()
+    assert sum(stats.finished.values()) == 48
+    assert stats.pages_used == stats.running == stats.waiting == 0

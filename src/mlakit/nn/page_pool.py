@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,43 @@ class PagePool(LatentCache):
         self.columns = max(lengths)
         for layer in self.layers:
             layer.columns = self.columns
+
+    @torch.inference_mode()
+    def feed(
+        self,
+        model: Any,
+        tables: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """Feeds new tokens of B sequences to a model, however many of each.
+
+        Args:
+            model: the model whose pages these are.
+            tables: as for ``select``.
+            lengths: likewise.
+            tokens: the new ones of each sequence, at least one. Shorter ones are padded on the
+                left; padding enters no page.
+
+        Returns:
+            Logits ``[B, vocabulary]`` after the last token of each sequence.
+        """
+        self.select(tables, lengths)
+        ids = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.long)
+        kept, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, (past, new) in enumerate(zip(lengths, tokens, strict=True)):
+            ids[row, -len(new) :] = torch.tensor(new)
+            positions[row, -len(new) :] = torch.arange(past, past + len(new))
+            kept[row, -len(new) :] = 1
+        output = model(
+            input_ids=ids.to(model.device),
+            attention_mask=None if bool(kept.all()) else kept.to(model.device),
+            position_ids=positions.to(model.device),
+            past_key_values=self,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
 
     def _take(self, rows: Tensor) -> None:
         raise MlakitError(

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlakit.account import cache_bytes as bytes_of
-from mlakit.conversion.samples import free_memory
 from mlakit.errors import UsageError
 from mlakit.generation.continuation import Continuation, eos_ids, next_tokens
 from mlakit.generation.sampling import Sampling, log_probabilities
 from mlakit.nn.configs import LatentConfig
-from mlakit.nn.hf import attention_specs
-from mlakit.nn.page_pool import PagePool
 from mlakit.serving.pages import PageLedger
+from mlakit.serving.pool import make_pool
 from mlakit.serving.request import (
     Draining,
     EngineStats,
@@ -32,9 +29,6 @@ from mlakit.serving.request import (
 )
 from mlakit.serving.scheduler import Job, Scheduler
 from mlakit.spec import BLOCK_SIZE
-
-SHARE_OF_MEMORY = 0.8
-"""Of the memory that is free once the model is loaded, what the pages take at most."""
 
 
 class Engine:
@@ -91,7 +85,7 @@ class Engine:
         context = int(self.model.config.max_position_embeddings)
         self.max_tokens = min(context, max_tokens_per_request or context)
         self.max_waiting = max_waiting
-        self.pool = _pool(model, cache_bytes, max_batch_size, self.max_tokens, block_size)
+        self.pool = make_pool(model, cache_bytes, max_batch_size, self.max_tokens, block_size)
         self.scheduler = Scheduler(
             PageLedger(self.pool.num_blocks, block_size), max_batch_size, prefill_chunk
         )
@@ -170,7 +164,9 @@ class Engine:
         )
 
     def start(self) -> None:
-        """Begins to work, on a thread of its own."""
+        """Begins to work, on a thread of its own; once."""
+        if self._thread is not None:
+            raise UsageError("the engine has been started already")
         self._thread = threading.Thread(target=self._work, name="mlakit-engine", daemon=True)
         self._thread.start()
 
@@ -270,39 +266,24 @@ class Engine:
         """Computes the next tokens of every job, so many of each, and the one after the last."""
         try:
             logits = self._forward(chunk)
-            for job, count in chunk:
-                self.scheduler.computed(job, count)
-            due = [place for place, (job, _) in enumerate(chunk) if not job.missing]
-            if due:
-                self._deliver([chunk[place][0] for place in due], logits[due])
-        except Exception as error:  # a request's fault, or memory: the others go on
-            for job, _ in chunk:
-                if job.ticket.number in self._jobs:
-                    self._end(job, "error", _reason(error))
+        except Exception as error:  # the fault of one of them, or memory for so many
+            if len(chunk) == 1:
+                self._end(chunk[0][0], "error", _reason(error))
+            else:
+                for one in chunk:
+                    self._feed([one])
+            return
+        for job, count in chunk:
+            self.scheduler.computed(job, count)
+        due = [place for place, (job, _) in enumerate(chunk) if not job.missing]
+        if due:
+            self._deliver([chunk[place][0] for place in due], logits[due])
 
     def _forward(self, chunk: list[tuple[Job, int]]) -> Tensor:
-        """Logits ``[B, vocabulary]`` after the next tokens of every job; shorter ones are padded.
-
-        Padding is on the left, as the cache wants it, and enters no page.
-        """
-        device, width = self.model.device, max(count for _, count in chunk)
-        self.pool.select([job.pages for job, _ in chunk], [job.computed for job, _ in chunk])
-        ids = torch.zeros(len(chunk), width, dtype=torch.long)
-        kept, positions = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, (job, count) in enumerate(chunk):
-            place = job.computed
-            ids[row, -count:] = torch.tensor(job.tokens[place : place + count])
-            positions[row, -count:] = torch.arange(place, place + count)
-            kept[row, -count:] = 1
-        output = self.model(
-            input_ids=ids.to(device),
-            attention_mask=None if bool(kept.all()) else kept.to(device),
-            position_ids=positions.to(device),
-            past_key_values=self.pool,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+        """Logits ``[B, vocabulary]`` after the next tokens of every job."""
+        starts = [job.computed for job, _ in chunk]
+        tokens = [job.tokens[job.computed : job.computed + count] for job, count in chunk]
+        return self.pool.feed(self.model, [job.pages for job, _ in chunk], starts, tokens)
 
     def _deliver(self, jobs: list[Job], logits: Tensor) -> None:
         """Chooses the next token of every job and tells its listener."""
@@ -313,14 +294,12 @@ class Engine:
             if bad:
                 self._end(job, "error", "the model's logits are not numbers")
                 continue
-            before = len(job.text.token_ids)
-            text = job.text.accept(token)
-            written = tuple(job.text.token_ids[before:])
-            job.tokens += written
-            self._written_tokens += len(written)
-            wanted = job.text.sampling.logprobs
-            likely = () if wanted is None else tuple(_likely(row, token, wanted) for _ in written)
-            piece = Piece(text, written, likely)
+            try:
+                piece = _accept(job, token, row)
+            except Exception as error:  # the tokenizer's
+                self._end(job, "error", _reason(error))
+                continue
+            self._written_tokens += len(piece.token_ids)
             if job.text.finish_reason is None:
                 self._tell(job, piece)
             else:
@@ -354,31 +333,16 @@ class Engine:
             self._wake.notify_all()
 
 
-def _pool(
-    model: Any, cache_bytes: int | None, batch_size: int, length: int, block_size: int
-) -> PagePool:
-    """The pages that so many bytes hold."""
-    specs, itemsize = attention_specs(model), model.dtype.itemsize
-    page = bytes_of(specs, 1, block_size, itemsize, block_size)
-    if cache_bytes is None:
-        cache_bytes = batch_size * -(-length // block_size) * page
-        free = free_memory(str(model.device))
-        if free is not None:
-            cache_bytes = min(cache_bytes, int(SHARE_OF_MEMORY * free))
-    if cache_bytes < page:
-        raise UsageError(
-            f"a cache of {cache_bytes} bytes holds no page of {block_size} tokens, which takes "
-            f"{page}",
-            remedy="give more bytes, or smaller pages",
-        )
-    return PagePool(
-        specs, cache_bytes // page, dtype=model.dtype, device=model.device, block_size=block_size
-    )
-
-
-def _likely(logits: Tensor, token: int, count: int) -> TokenLogprob:
-    level, top = log_probabilities(logits, token, count)
-    return TokenLogprob(token, level, tuple(top))
+def _accept(job: Job, token: int, logits: Tensor) -> Piece:
+    """Adds the next token to a job's text; ``logits [vocabulary]`` are what it was chosen by."""
+    before, wanted = len(job.text.token_ids), job.text.sampling.logprobs
+    text = job.text.accept(token)
+    written = tuple(job.text.token_ids[before:])
+    job.tokens += written
+    if wanted is None or not written:
+        return Piece(text, written)
+    level, top = log_probabilities(logits, token, wanted)
+    return Piece(text, written, (TokenLogprob(token, level, tuple(top)),))
 
 
 def _reason(error: Exception) -> str:
