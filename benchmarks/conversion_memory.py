@@ -165,6 +165,7 @@ def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "seconds": row["seconds"],
             "cpu_seconds": row["cpu_seconds"],
             "estimated_seconds": row["estimated_seconds"],
+            "time_over_estimate": row["cpu_seconds_over_estimate"],
         }
         for row in highest
     }
