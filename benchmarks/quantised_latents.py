@@ -53,7 +53,7 @@ def measure(source: Path, goal: dict[str, Any], work: Path) -> dict[str, Any]:
         even = load(work, dtype=torch.float32, cache_format=kind)
         for basis, model in (("stored", stored), ("even", even)):
             report = evaluate(
-                exact, (kind, model, tokenizer), text=text, windows=12, recall=False,
+                exact, (kind, model, tokenizer), text=text, windows=8, recall=False,
                 max_new_tokens=0,
             )  # fmt: skip
             assert report.quality.agreement is not None and report.result is not None
