@@ -1,11 +1,14 @@
 """A GQA model against the same model with latent attention: tokens per second and cache bytes.
 
     python -m benchmarks.gpu_suite.end_to_end --device cuda --seconds 100
+    python -m benchmarks.gpu_suite.end_to_end --device cpu --seconds 900 --output FILE.json
 
 Real layer shapes, a few layers, random weights, 512 + 64 latent columns: speed and bytes, and
 nothing about quality. The source is transformers' own Llama with torch's attention over a cache
 that is written in place and read without a mask, which is the fastest it can do; transformers'
-usual cache copies all keys in every step. Both run eagerly. The vocabulary is small, so that the
+usual cache copies all keys in every step. Both run eagerly, in the same loop. Time to first token
+is a whole prompt of one sequence, up to 8,192 tokens. On a CPU two layers run at a small batch, and
+the largest batch is counted for a GPU's 80 GiB, not run. The vocabulary is small, so that the
 head does not weigh on a few layers; the largest batch is the one that would fit with all layers
 and the real vocabulary.
 """
@@ -16,6 +19,7 @@ import argparse
 import gc
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mlakit.benching.clock import Clock
+from mlakit.benching.environment import environment
+from mlakit.checkpoint import write_json_atomic
 from mlakit.nn.cache import LatentCache
 from mlakit.nn.configs import MLALlamaConfig
 from mlakit.nn.hf import cache_nbytes, new_cache
@@ -33,9 +39,34 @@ from mlakit.nn.models import MLALlamaForCausalLM
 RANK, ROPE, HEAD = 512, 64, 128
 SMALL_VOCABULARY = 1024
 MEMORY_SHARE = 0.9
-FIXED_BATCH = 16
-CONTEXTS = (4096, 32768, 1024, 16384)
+LONGEST_PROMPT = 8192
+NOMINAL_MEMORY = 80 * 2**30
+CONTEXTS = (8192, 32768, 1024, 4096, 16384)
 """The most telling first."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of the work a device can do in the time.
+
+    Attributes:
+        layers: that run.
+        steps: that are timed.
+        batch: of the comparison at one size.
+        run_largest: whether the largest batch runs, or is only counted.
+    """
+
+    layers: int
+    steps: int
+    batch: int
+    run_largest: bool
+
+
+SCALES = {
+    "quick": Scale(2, 2, 2, True),
+    "cuda": Scale(4, 12, 16, True),
+    "cpu": Scale(2, 5, 4, False),
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +83,8 @@ class ModelShape:
 
 
 SHAPES = (
-    ModelShape("Llama-3-8B", 4096, 14336, 32, 8, 32, 128256),
     ModelShape("Llama-2-7B", 4096, 11008, 32, 32, 32, 32000),
+    ModelShape("Llama-3-8B", 4096, 14336, 32, 8, 32, 128256),
     ModelShape("Qwen2.5-7B", 3584, 18944, 28, 4, 28, 152064),
 )
 QUICK = (ModelShape("tiny", 64, 128, 4, 2, 8, 1024),)
@@ -181,42 +212,78 @@ def largest_batch(model: Any, shape: ModelShape, context: int, memory: float) ->
     return max(0, int((MEMORY_SHARE * memory - weights) / each))
 
 
+@torch.inference_mode()
+def first_token(model: Any, context: int, clock: Clock) -> float:
+    """Seconds to read a prompt of one sequence and choose its first token."""
+    ids = torch.randint(0, SMALL_VOCABULARY, (1, context), device=model.device)
+
+    def read() -> None:
+        cache = new_cache(model, 1, context)
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax()
+
+    return clock.in_turn({"read": read}, 1)["read"].median
+
+
+def measure(
+    shape: ModelShape, context: int, scale: Scale, device: str, memory: float, clock: Clock
+) -> dict[str, Any]:
+    """One shape at one context, source then latent."""
+    row: dict[str, Any] = {"shape": asdict(shape), "context": context, "layers_run": scale.layers}
+    for name, latent in (("source", False), ("latent", True)):
+        torch.manual_seed(0)
+        model = build(shape, scale.layers, latent, device, context + scale.steps + 64)
+        most = largest_batch(model, shape, context, memory)
+        row[name] = found = {"largest_batch": most}
+        sizes = {"at_fixed_batch": scale.batch}
+        if scale.run_largest:
+            sizes["at_largest_batch"] = min(most, 4) if shape in QUICK else most
+        for key, batch in sizes.items():
+            if batch < 1:
+                continue
+            try:
+                found[key] = time_steps(model, shape, batch, context, scale.steps, clock)
+            except torch.OutOfMemoryError:
+                found[key] = {"batch": batch, "reason": "out of memory"}
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        if context <= LONGEST_PROMPT:
+            found["seconds_to_first_token"] = first_token(model, context, clock)
+        del model
+    ours, theirs = row["latent"], row["source"]
+    row["cache_share"] = cache_row_bytes(shape, True) / cache_row_bytes(shape, False)
+    for key in ("at_fixed_batch", "at_largest_batch"):
+        both = [side.get(key, {}).get("tokens_per_s") for side in (ours, theirs)]
+        if all(both):
+            row[f"speedup_{key}"] = both[0] / both[1]
+    return row
+
+
 def main() -> None:
     """Shape by shape, context by context, until the time is up; a JSON line each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, help="also keep all of it in this file")
     arguments = parser.parse_args()
     device, quick = arguments.device, arguments.quick
     clock, start = Clock(torch.device(device)), time.perf_counter()
-    memory = float(torch.cuda.get_device_properties(0).total_memory) if device == "cuda" else 2**29
-    contexts = (64,) if quick else CONTEXTS
-    layers, steps, fixed = (2, 2, 2) if quick else (4, 12, FIXED_BATCH)
-    for context in contexts:
+    memory = float(NOMINAL_MEMORY if not quick else 2**29)
+    if device == "cuda":
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    scale = SCALES["quick" if quick else device]
+    record: dict[str, Any] = {"environment": environment(), "memory": memory, "rows": []}
+    for context in (64,) if quick else CONTEXTS:
         for shape in QUICK if quick else SHAPES:
             if time.perf_counter() - start > arguments.seconds:
                 say(skipped=f"{shape.name} at {context} tokens", reason="time used up")
                 continue
-            row: dict[str, Any] = {"shape": asdict(shape), "context": context, "layers_run": layers}
-            for name, latent in (("source", False), ("latent", True)):
-                torch.manual_seed(0)
-                model = build(shape, layers, latent, device, context + steps + 64)
-                most = largest_batch(model, shape, context, memory)
-                most = min(most, 4) if quick else most
-                row[name] = {"largest_batch": most}
-                for key, batch in (("at_fixed_batch", fixed), ("at_largest_batch", most)):
-                    if batch < 1:
-                        continue
-                    try:
-                        row[name][key] = time_steps(model, shape, batch, context, steps, clock)
-                    except torch.OutOfMemoryError:
-                        row[name][key] = {"batch": batch, "reason": "out of memory"}
-                    gc.collect()
-                    if device == "cuda":
-                        torch.cuda.empty_cache()
-                del model
+            row = measure(shape, context, scale, device, memory, clock)
             say(row=row)
+            if arguments.output is not None:
+                record["rows"].append(row)
+                write_json_atomic(arguments.output, record)
     say(finished=True)
 
 
