@@ -40,7 +40,7 @@ from transformers import AutoTokenizer
 from mlakit.benching.environment import environment
 from mlakit.checkpoint import open_checkpoint, write_json_atomic
 from mlakit.conversion.apply import convert
-from mlakit.conversion.budget import AUTO_STEPS, PARTS
+from mlakit.conversion.goal import AUTO_STEPS, PARTS
 from mlakit.data import builtin_text, token_windows
 from mlakit.evaluation.quality import bootstrap, kl_divergence
 from mlakit.families import read_model

@@ -79,7 +79,7 @@ def published(
     from benchmarks.published_transmla import convert
 
     from mlakit.checkpoint import open_checkpoint
-    from mlakit.conversion.budget import Goal
+    from mlakit.conversion.goal import Goal
     from mlakit.conversion.plan import make_plan
     from mlakit.conversion.windows import WindowChoice
     from mlakit.data import BUILTIN, named_sources

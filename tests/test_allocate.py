@@ -26,8 +26,8 @@ from mlakit.conversion.allocate import (
     some_of,
 )
 from mlakit.conversion.apply import convert
-from mlakit.conversion.budget import Goal
 from mlakit.conversion.card import size_words
+from mlakit.conversion.goal import Goal
 from mlakit.errors import UsageError
 from mlakit.families import read_model
 from mlakit.inspection import inspect

@@ -19,9 +19,9 @@ from mlakit.checkpoint import open_checkpoint
 from mlakit.cli import app
 from mlakit.conversion import samples
 from mlakit.conversion.apply import convert
-from mlakit.conversion.budget import Goal
 from mlakit.conversion.calibrate import split_held_out
 from mlakit.conversion.card import findings
+from mlakit.conversion.goal import Goal
 from mlakit.conversion.plan import make_plan
 from mlakit.conversion.samples import Script, draw_samples, read_script, require_memory
 from mlakit.conversion.windows import (

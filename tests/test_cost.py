@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from mlakit.checkpoint import open_checkpoint
-from mlakit.conversion.budget import Goal
 from mlakit.conversion.cost import machine, operations
 from mlakit.conversion.cost.dimensions import Dimensions, dimensions
 from mlakit.conversion.cost.memory import LIBRARIES, footprint, peak
+from mlakit.conversion.goal import Goal
 from mlakit.conversion.plan import ConversionPlan, make_plan
 from mlakit.families import read_model
 from tiny_models import save_tiny

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlakit.checkpoint import open_checkpoint
-from mlakit.conversion.budget import Goal, target_layer
+from mlakit.conversion.budget import target_layer
+from mlakit.conversion.goal import Goal
 from mlakit.conversion.plan import make_plan
 from mlakit.conversion.rotary_sizes import (
     SCALE_FREE_ROPE,

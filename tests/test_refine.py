@@ -11,7 +11,7 @@ import torch
 
 from mlakit.checkpoint import open_checkpoint
 from mlakit.conversion.apply import convert
-from mlakit.conversion.budget import AUTO_STEPS, Goal
+from mlakit.conversion.goal import AUTO_STEPS, Goal
 from mlakit.errors import UsageError
 from mlakit.nn.hf import load
 from tiny_models import TEXT, save_tiny

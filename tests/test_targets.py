@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from mlakit.cli import app
 from mlakit.conversion.apply import convert
-from mlakit.conversion.budget import Goal, engine_choice, target_layer
+from mlakit.conversion.budget import engine_choice, target_layer
+from mlakit.conversion.goal import Goal
 from mlakit.engines.targets import TARGETS, adaptations, padded_heads, require_expressible, table
 from mlakit.errors import UnsupportedModelError, UsageError
 from mlakit.evaluation import check

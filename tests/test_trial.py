@@ -11,9 +11,9 @@ import torch
 from mlakit.checkpoint import open_checkpoint
 from mlakit.conversion import closed_form, stream
 from mlakit.conversion.adapt import stored_tensors
-from mlakit.conversion.budget import Goal
 from mlakit.conversion.calibrate import layer_weights
 from mlakit.conversion.card import converted_config
+from mlakit.conversion.goal import Goal
 from mlakit.conversion.observe import Observer, felt_output
 from mlakit.conversion.plan import make_plan
 from mlakit.conversion.stream import LayerReader

@@ -24,6 +24,23 @@ QUANTISED_ROWS: dict[str, tuple[int, int, int]] = {
 }
 """Bits per latent number, numbers that share a scale, and bytes of that scale."""
 
+
+def cached_row_bytes(rank: int, rope: int, kind: CacheKind | None, itemsize: int) -> int:
+    """Bytes of one token's row in the cache of one layer.
+
+    Args:
+        rank: C, numbers of the latent.
+        rope: R, numbers beside it; 16-bit where the latent is quantised.
+        kind: how the latent is held; None for plain numbers.
+        itemsize: bytes of a plain number.
+    """
+    if kind is None:
+        return (rank + rope) * itemsize
+    bits, group, scale = QUANTISED_ROWS[kind]
+    codes = -(-rank * bits // 32) * 4
+    return -(-(codes + -(-rank // group) * scale + 2 * rope) // 4) * 4
+
+
 BLOCK_SIZE = 64
 """Tokens per cache page; FlashMLA's kernels ask for exactly 64."""
 
@@ -203,12 +220,10 @@ class AttentionSpec:
         Args:
             itemsize: bytes per number of the model's dtype.
         """
-        if self.cache_format is None or self.kv_lora_rank is None:
+        rank = self.kv_lora_rank
+        if rank is None:
             return self.cache_width * itemsize
-        bits, group, scale = QUANTISED_ROWS[self.cache_format]
-        codes = -(-self.kv_lora_rank * bits // 32) * 4
-        scales = -(-self.kv_lora_rank // group) * scale
-        return -(-(codes + scales + 2 * (self.cache_width - self.kv_lora_rank)) // 4) * 4
+        return cached_row_bytes(rank, self.cache_width - rank, self.cache_format, itemsize)
 
     @property
     def query_dim(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlakit.cli.progress import show_progress
-from mlakit.conversion.budget import PARTS
+from mlakit.conversion.goal import PARTS
 from mlakit.engines.targets import TARGETS
 from mlakit.errors import UsageError
 
@@ -55,6 +55,13 @@ def convert(
     ranks: Annotated[
         str, typer.Option(help="One rank for all layers: even; each layer its own: measured; auto.")
     ] = "auto",
+    cache_bits: Annotated[
+        str,
+        typer.Option(
+            help="Of cached latents: 16 for the model's own dtype, 8, 4, or auto: with the sizes,"
+            " on calibration text."
+        ),
+    ] = "16",
     engine: Annotated[
         str,
         typer.Option("--for", help=f"What it shall run in: {', '.join(TARGETS)}."),
@@ -113,6 +120,7 @@ def convert(
         "qk_rope_head_dim": qk_rope_head_dim,
         "max_kl": max_kl,
         "ranks": ranks,
+        "cache_bits": _number_or_auto("--cache-bits", cache_bits),
         "engine": engine,
         "method": method,
         "without": without or (),

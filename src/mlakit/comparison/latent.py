@@ -10,7 +10,7 @@ from typing import Any
 from mlakit.baselines import Bench, Method, Setting, Variant
 from mlakit.baselines.method import Settings, by_share
 from mlakit.conversion.apply import convert
-from mlakit.conversion.budget import AUTO_STEPS
+from mlakit.conversion.goal import AUTO_STEPS
 from mlakit.conversion.rotary_sizes import rope_choices
 from mlakit.nn.hf import load
 from mlakit.spec import CacheKind, ModelSpec

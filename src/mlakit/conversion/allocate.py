@@ -2,7 +2,8 @@
 
 The algebra predicts what a size costs: rotations dropped and axes cut change a block's output,
 and the metric of ``sensitivity`` turns that into nats of KL divergence, which add up over layers
-to second order. No torch here.
+to second order. Rounding what is cached adds its own, so bits are chosen with the rank. No torch
+here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from mlakit.spec import QUANTISED_ROWS, CacheKind, cached_row_bytes
 
 RANK_STEP = 16
 """Ranks that are chosen here are multiples of this where the source caches 256 numbers or more."""
@@ -23,9 +26,54 @@ CURVE_POINTS = 12
 SEARCH_ROUNDS = 6
 """Conversions that ``--max-kl`` may take; the last of them is the result."""
 
+LARGEST_CODE = {"int8": 127, "int4": 7}
+"""Of the formats that are chosen here."""
+
 FINENESS = 32
 """The search ends when the steps between a size above the limit and one within it are no more
 than one in this many of all there are."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the numbers of a row are cached.
+
+    Attributes:
+        kind: of the latent's; None for plain numbers.
+        itemsize: bytes of a plain number.
+    """
+
+    kind: CacheKind | None = None
+    itemsize: int = 2
+
+    def nbytes(self, rank: int, rope_dim: int) -> int:
+        """Bytes of a row."""
+        return cached_row_bytes(rank, rope_dim, self.kind, self.itemsize)
+
+    def rank_within(self, width: int, rope_dim: int, highest: int) -> int:
+        """The largest rank whose row has the bytes of ``width`` plain numbers; 0 for none.
+
+        Of plain numbers it is the one that fills them, which may be above ``highest``.
+        """
+        if self.kind is None:
+            return max(0, width - rope_dim)
+        ranks = range(highest, 0, -1)
+        return next((c for c in ranks if self.nbytes(c, rope_dim) <= width * self.itemsize), 0)
+
+    def noise(self, rank: int) -> float:
+        """Mean square of the rounding error over that of the values.
+
+        The scale of a group follows its largest value; of n Gaussian ones its square is about
+        ``2 ln(2 n) - 2.6`` variances.
+        """
+        if self.kind is None:
+            return 0.0
+        group = QUANTISED_ROWS[self.kind][1]
+        spread = max(1.0, 2 * math.log(2 * min(rank, group)) - 2.6)
+        return spread / LARGEST_CODE[self.kind] ** 2 / 12
+
+
+PLAIN = (Storage(),)
 
 
 @dataclass(frozen=True)
@@ -36,6 +84,7 @@ class Point:
     rope_dim: int
     cache_ratio: float
     predicted_kl: float
+    cache_format: CacheKind | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +118,30 @@ class Losses:
         tails = (sum(axes[rank:]) for axes, rank in zip(self.axes, ranks, strict=True))
         return sum(self.rotations) + sum(tails)
 
-    def point(self, ranks: Sequence[int]) -> Point:
+    def rounded(self, ranks: Sequence[int], storage: Storage) -> float:
+        """Nats per token that rounding the latents costs in the basis that suits it.
+
+        The least over all bases, see ``nn.even_latent``: half the noise's variance, times the
+        square of the sum of the axes' lengths, over the rank.
+        """
+        lengths = (
+            sum(math.sqrt(2 * loss) for loss in axes[:rank])
+            for axes, rank in zip(self.axes, ranks, strict=True)
+        )
+        return sum(
+            storage.noise(rank) * length**2 / rank / 2
+            for length, rank in zip(lengths, ranks, strict=True)
+        )
+
+    def point(self, ranks: Sequence[int], storage: Storage = PLAIN[0]) -> Point:
         """These ranks with what they keep and cost."""
-        width = sum(ranks) + self.rope_dim * len(ranks)
-        ratio = width / (self.full * len(ranks))
-        return Point(tuple(ranks), self.rope_dim, ratio, self.predicted(ranks))
+        kl = self.predicted(ranks) + self.rounded(ranks, storage)
+        ratio = self.nbytes(ranks, storage) / (self.full * storage.itemsize)
+        return Point(tuple(ranks), self.rope_dim, ratio, kl, storage.kind)
+
+    def nbytes(self, ranks: Sequence[int], storage: Storage) -> float:
+        """Bytes of a row, in the mean over layers."""
+        return sum(storage.nbytes(rank, self.rope_dim) for rank in ranks) / len(ranks)
 
     def measured(self, total: int) -> tuple[int, ...]:
         """Ranks that sum up to at most ``total`` and lose least in all.
@@ -101,26 +169,45 @@ class Losses:
                 heapq.heappush(queue, entry(layer))
         return tuple(rank * step for rank in ranks)
 
-    def at(self, width: int, measured: bool) -> Point | None:
-        """The best division of so many cached numbers per layer; None where no rank is left."""
-        rank, count = width - self.rope_dim, len(self.axes)
-        if not 1 <= rank <= self.highest:
-            return None
-        if measured and rank >= self.step:
-            return self.point(self.measured(rank * count))
-        return self.point([rank] * count)
+    def at(self, width: int, measured: bool, storage: Storage = PLAIN[0]) -> Point | None:
+        """The best division of so many plain numbers' bytes; None where no rank is left."""
+        rank = storage.rank_within(width, self.rope_dim, self.highest)
+        return self.divided(rank, measured, storage) if 1 <= rank <= self.highest else None
+
+    def divided(self, rank: int, measured: bool, storage: Storage = PLAIN[0]) -> Point:
+        """The best division of a rank per layer; its bytes are at most those of an even one."""
+        count, total = len(self.axes), rank * len(self.axes)
+        if not measured or rank < self.step:
+            return self.point([rank] * count, storage)
+        ranks, most = self.measured(total), storage.nbytes(rank, self.rope_dim)
+        while self.nbytes(ranks, storage) > most:  # scales and padding of odd ranks
+            total -= self.step
+            ranks = self.measured(total)
+        return self.point(ranks, storage)
 
 
-def sizes_at(every: Sequence[Losses], width: int, measured: bool, own: int) -> list[Point]:
-    """The best size of each rotary width at so many cached numbers per layer; the best one first.
+def sizes_at(
+    every: Sequence[Losses],
+    width: int,
+    measured: bool,
+    own: int,
+    storages: Sequence[Storage] = PLAIN,
+) -> list[Point]:
+    """The best size of each rotary width and storage at so many bytes; the best one first.
 
     Args:
         every: of each rotary width to choose from; ``width`` leaves one of them a rank.
-        width: C + R, in the mean over layers.
+        width: C + R plain numbers, in the mean over layers.
         measured: each layer has a rank of its own, and not all the same one.
         own: what turns in a head of the source.
+        storages: to choose from.
     """
-    found = [point for losses in every if (point := losses.at(width, measured))]
+    found = [
+        point
+        for losses in every
+        for storage in storages
+        if (point := losses.at(width, measured, storage))
+    ]
 
     def order(point: Point) -> tuple[float, int]:
         return point.predicted_kl * (1 if point.rope_dim == own else CLEARLY), point.rope_dim
@@ -129,7 +216,11 @@ def sizes_at(every: Sequence[Losses], width: int, measured: bool, own: int) -> l
 
 
 def all_sizes(
-    every: Sequence[Losses], measured: bool, allowed: Sequence[int] | None, own: int
+    every: Sequence[Losses],
+    measured: bool,
+    allowed: Sequence[int] | None,
+    own: int,
+    storages: Sequence[Storage] = PLAIN,
 ) -> list[Point]:
     """Every size to choose from, ascending; of each width the best one.
 
@@ -138,15 +229,18 @@ def all_sizes(
         measured: each layer has a rank of its own, and not all the same one.
         allowed: the only ranks that an engine takes, beside its one rotary width; None for any.
         own: what turns in a head of the source.
+        storages: to choose from.
     """
     if allowed is not None:
         return [every[0].point([rank] * len(every[0].axes)) for rank in allowed]
     widths = {
-        losses.rope_dim + rank
+        -(-storage.nbytes(rank, losses.rope_dim) // storage.itemsize)
         for losses in every
+        for storage in storages
         for rank in (*range(losses.step, losses.highest, losses.step), losses.highest)
     }
-    return [sizes_at(every, width, measured, own)[0] for width in sorted(widths)]
+    found = [sizes_at(every, width, measured, own, storages)[0] for width in sorted(widths)]
+    return [point for i, point in enumerate(found) if not i or point != found[i - 1]]
 
 
 def some_of(sizes: Sequence[Point]) -> list[Point]:

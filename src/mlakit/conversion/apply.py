@@ -14,7 +14,7 @@ from typing import Literal
 from mlakit.checkpoint import ShardWriter, open_checkpoint, require_free_space
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.checkpoint.writing import LOCK_NAME
-from mlakit.conversion.budget import EqualCacheForm, Goal, Ranks
+from mlakit.conversion.goal import EqualCacheForm, Goal, Ranks
 from mlakit.conversion.plan import (
     ConversionPlan,
     Progress,
@@ -41,6 +41,7 @@ def convert(
     engine: str = "mlakit",
     max_kl: float | None = None,
     ranks: Ranks = "auto",
+    cache_bits: int | Literal["auto"] = 16,
     calibration: SourceLike | Sequence[SourceLike] | None = None,
     calibration_tokens: int = 32768,
     check: SourceLike | Sequence[SourceLike] | None = None,
@@ -70,7 +71,7 @@ def convert(
         method: how to compress: ``mlakit``, or ``transmla`` as published.
         freqfold: frequencies that ``transmla`` folds together; ``auto`` chooses on held-out
             calibration text.
-        without: parts of ``mlakit`` to leave out (``conversion.budget.PARTS``).
+        without: parts of ``mlakit`` to leave out (``conversion.goal.PARTS``).
         refine_steps: gradient steps per layer towards the source's outputs, after the algebra;
             ``auto`` for 200, and none where the method is ``transmla``.
         engine: what the result shall run in (``engines.targets.TARGETS``; ``--for`` on the command
@@ -80,6 +81,9 @@ def convert(
         ranks: ``even``: one rank for all layers; ``measured``: each layer its own, the same cache
             in all, where that loses least; ``auto``: measured where nobody names a rank and the
             engine allows it.
+        cache_bits: 8 or 4 quantise the cached latents, by default whenever the result is loaded,
+            and the same bytes hold a larger rank; ``auto`` chooses them with the sizes, on
+            calibration text. The rotary part stays in 16 bits.
         calibration: texts to calibrate with, one or several, each ``place`` or ``name=place``: a
             file of text or JSONL, a folder, ``self`` for what the model writes itself, a dataset
             ``name[:configuration[:split[:column]]]``; the package's own text if None.
@@ -112,6 +116,7 @@ def convert(
         engine,
         max_kl,
         ranks,
+        cache_bits,
     )
     checkpoint = open_checkpoint(model)
     texts = None if calibration is None else named_sources(calibration)
@@ -183,8 +188,9 @@ def _finished(folder: Path, plan: ConversionPlan) -> ConversionPlan | None:
     if status != "complete" or not _whole(folder):
         return None
     ranks = [layer["kv_lora_rank"] for layer in written["layers"]]
-    rope_dim = written["layers"][0]["qk_rope_head_dim"]
-    return replace(resized(plan, ranks, rope_dim), measured=written["measured"])
+    first = written["layers"][0]
+    sized = resized(plan, ranks, first["qk_rope_head_dim"], first["cache_format"])
+    return replace(sized, measured=written["measured"])
 
 
 def _whole(folder: Path) -> bool:

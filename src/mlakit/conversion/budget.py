@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
+from mlakit.conversion.allocate import Storage
+from mlakit.conversion.goal import CACHE_BITS, Goal
 from mlakit.conversion.rotary_sizes import check_freqfold, check_rope_dim, open_sizes, rope_choices
 from mlakit.engines.targets import TARGETS
 from mlakit.errors import UsageError
@@ -17,173 +18,14 @@ from mlakit.spec import AttentionSpec, RopeSpec
 
 Sizes = Sequence[tuple[int, int]]
 
-EqualCacheForm = Literal["absorbed", "article"]
-Ranks = Literal["auto", "even", "measured"]
 
-METHODS = ("mlakit", "transmla")
-
-PARTS = {
-    "unitary": "complex mixing of key heads; without: real, as TransMLA's",
-    "metric": "rank by the error of the layer's output; without: balanced PCA",
-    "downstream": "errors of the output weighed by what they do to the model's predictions",
-    "tokens": "tokens weighted by the attention they get",
-    "means": "means of keys and values left out of the rank; needs a bias on o_proj",
-    "phase": "a dropped rotation replaced by its mean phase",
-    "frequencies": "each layer chooses its rotary frequencies; needs mlakit's own classes",
-    "theta": "else one rope_theta for the whole model, chosen on held-out calibration text",
-}
-"""What the method ``mlakit`` is made of; each part can be left out alone."""
-
-AUTO_STEPS = 200
-"""Gradient steps per layer where nobody says how many: most of what more would give."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a conversion shall reach.
-
-    Attributes:
-        equal_cache: keep the cache's bytes and convert exactly; else compress.
-        form: ``absorbed`` or, as the article writes it, ``article``; for ``equal_cache``.
-        cache_ratio: share of the source's own cache to keep, between 0 and 1.
-        kv_lora_rank: C, instead of a ratio.
-        qk_rope_head_dim: R, the rotary dimensions kept. If None calibration chooses it where it
-            can (``rotary_sizes.open_sizes``); elsewhere it is the source's head size.
-        method: how to compress; ``mlakit`` or, as published, ``transmla``.
-        freqfold: frequencies folded together by ``transmla``, or ``auto``.
-        without: names of PARTS that the method ``mlakit`` does without, sorted.
-        refine_steps: gradient steps per layer after the algebra; ``auto`` for AUTO_STEPS with the
-            method ``mlakit`` and none elsewhere.
-        engine: what the result shall run in, of ``engines.targets.TARGETS``.
-        max_kl: instead of a size: the smallest whose predictions diverge from the source's by at
-            most so many nats per token, on held-out calibration text.
-        ranks: ``even``, one rank for all layers, or ``measured``, for each layer its own at the
-            same cache in all; ``auto`` measures where nobody named a rank and the engine allows.
-    """
-
-    equal_cache: bool = False
-    form: EqualCacheForm = "absorbed"
-    cache_ratio: float | None = None
-    kv_lora_rank: int | None = None
-    qk_rope_head_dim: int | None = None
-    method: str = "mlakit"
-    freqfold: int | Literal["auto"] = "auto"
-    without: tuple[str, ...] = ()
-    refine_steps: int | Literal["auto"] = "auto"
-    engine: str = "mlakit"
-    max_kl: float | None = None
-    ranks: Ranks = "auto"
-
-    @property
-    def layer_ranks(self) -> bool:
-        """Whether each layer gets a rank of its own."""
-        if not self.has("downstream") or not TARGETS[self.engine].layer_ranks:
-            return False
-        return self.ranks == "measured" or (self.ranks == "auto" and self.kv_lora_rank is None)
-
-    @property
-    def steps(self) -> int:
-        """Gradient steps per layer."""
-        if self.refine_steps == "auto":
-            return AUTO_STEPS if self.method == "mlakit" and not self.equal_cache else 0
-        return self.refine_steps
-
-    def has(self, part: str) -> bool:
-        """Whether this is the method ``mlakit`` with this one of PARTS, and the engine holds it."""
-        compress = not self.equal_cache and self.method == "mlakit"
-        if part == "downstream" and "metric" in self.without:
-            return False
-        return compress and part not in (*self.without, *TARGETS[self.engine].parts_off)
-
-    @property
-    def weighs_predictions(self) -> bool:
-        """Whether refinement, after any method, counts errors by what they do to predictions."""
-        return not {"downstream", "metric"} & set(self.without)
-
-    def __post_init__(self) -> None:
-        if self.form not in ("absorbed", "article"):
-            raise UsageError(f"There is no form {self.form!r}", remedy="use absorbed or article")
-        if self.method not in METHODS:
-            raise UsageError(
-                f"There is no method {self.method!r}", remedy=f"use {' or '.join(METHODS)}"
-            )
-        for part in self.without:
-            if part not in PARTS:
-                raise UsageError(
-                    f"--without {part!r}: there is no such part",
-                    remedy=f"known: {', '.join(PARTS)}",
-                )
-        if self.engine not in TARGETS:
-            raise UsageError(
-                f"--for {self.engine}: there is no such engine",
-                remedy=f"known: {', '.join(TARGETS)}",
-            )
-        if self.without and (self.method != "mlakit" or self.equal_cache):
-            raise UsageError("--without belongs to --method mlakit", remedy="leave it out")
-        self._check_measured()
-        sizes = (self.cache_ratio, self.kv_lora_rank, self.qk_rope_head_dim, self.max_kl)
-        if self.equal_cache:
-            if self.engine != "mlakit":
-                raise UsageError(
-                    f"--for {self.engine}: only mlakit's own classes rotate as --equal-cache needs",
-                    remedy="leave out --for, or compress: --cache-ratio 0.5",
-                )
-            if any(size is not None for size in sizes) or self.freqfold != "auto":
-                raise UsageError(
-                    "--equal-cache fixes every size itself",
-                    remedy="leave out --cache-ratio, --kv-lora-rank, --qk-rope-head-dim, --max-kl"
-                    " and --freqfold, or leave out --equal-cache to compress",
-                )
-            if self.steps:
-                raise UsageError(
-                    "--equal-cache is exact: there is nothing to refine",
-                    remedy="leave out --refine-steps",
-                )
-            return
-        if self.steps < 0:
-            raise UsageError(f"--refine-steps {self.steps} is below 0", remedy="0 is none")
-        if self.method != "transmla" and self.freqfold != "auto":
-            raise UsageError(
-                "--freqfold belongs to --method transmla", remedy="leave it out, or name the method"
-            )
-        if self.form != "absorbed":
-            raise UsageError("--form belongs to --equal-cache", remedy="add --equal-cache")
-        if [self.cache_ratio, self.kv_lora_rank, self.max_kl].count(None) != 2:
-            raise UsageError(
-                "Say how much cache to keep, once",
-                remedy="give one of --equal-cache, --cache-ratio 0.5, --kv-lora-rank 512 or"
-                " --max-kl 0.05",
-            )
-
-    def _check_measured(self) -> None:
-        """Refuses what needs the downstream metric where it is left out."""
-        if self.ranks not in ("auto", "even", "measured"):
-            raise UsageError(
-                f"There is no way {self.ranks!r} to divide ranks", remedy="use even or measured"
-            )
-        if self.max_kl is not None and self.max_kl <= 0:
-            raise UsageError(
-                f"--max-kl {self.max_kl:g} is not above 0",
-                remedy="--equal-cache loses nothing; else give nats per token, such as 0.05",
-            )
-        wanted = "--ranks measured" if self.ranks == "measured" else "--max-kl"
-        if self.max_kl is None and self.ranks != "measured":
-            return
-        if not self.has("downstream"):
-            raise UsageError(
-                f"{wanted} needs to know what each layer's errors do to the predictions",
-                remedy="leave out --equal-cache, --method transmla, --without downstream and"
-                " --without metric",
-            )
-        if self.ranks == "measured" and not TARGETS[self.engine].layer_ranks:
-            raise UsageError(
-                f"--for {self.engine}: it takes one rank for all layers",
-                remedy="use --ranks even, or --for mlakit",
-            )
-
-
-def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
+def target_layer(source: AttentionSpec, goal: Goal, itemsize: int = 2) -> AttentionSpec:
     """The latent layer that a source layer becomes; the largest where calibration chooses.
+
+    Args:
+        source: the layer.
+        goal: what is wanted.
+        itemsize: bytes of a number in the source's cache.
 
     Raises:
         UsageError: the goal cannot be met; names the nearest two that can.
@@ -217,11 +59,13 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
             qk_rope_head_dim=groups * dim,
             rope=rope and replace(rope, blocks=groups),
         )
+    if goal.cache_bits == "auto":
+        return _largest_of_any_bits(source, goal, itemsize)
     if widths := open_sizes(source, goal):
         query_up = TARGETS[goal.engine].query_up and not source.qk_norm
         goals = [replace(goal, qk_rope_head_dim=width) for width in widths]
-        found = [replace(target_layer(source, each), query_up=query_up) for each in goals]
-        return max(found, key=lambda layer: sum(map(math.prod, layer.tensor_shapes().values())))
+        found = [replace(target_layer(source, each, itemsize), query_up=query_up) for each in goals]
+        return max(found, key=_numbers)
     turning, rope_dim = source.rotary_dim, goal.qk_rope_head_dim
     choices = rope_choices(source, goal.method)
     sizes = TARGETS[goal.engine].sizes(source)
@@ -233,7 +77,7 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
     if goal.method == "transmla":
         check_freqfold(turning, rope_dim, goal.freqfold)
     if sizes is None:
-        rank = _rank(source, choices, rope_dim, goal)
+        rank = _rank(source, choices, rope_dim, goal, itemsize)
     else:
         rank = _engine_rank(source, choices, rope_dim, sizes, goal)
     return replace(
@@ -244,7 +88,26 @@ def target_layer(source: AttentionSpec, goal: Goal) -> AttentionSpec:
         qk_rope_head_dim=rope_dim,
         rope=rope and narrowed(TARGETS[goal.engine].rope(rope) or rope, rope_dim),
         o_bias=source.o_bias or goal.has("means"),
+        cache_format=goal.cache_formats[0],
     )
+
+
+def _largest_of_any_bits(source: AttentionSpec, goal: Goal, itemsize: int) -> AttentionSpec:
+    """The largest target over what its latent may be cached in; refuses where none fits."""
+    found, refusal = [], None
+    for bits in CACHE_BITS:
+        try:
+            found.append(target_layer(source, replace(goal, cache_bits=bits), itemsize))
+        except UsageError as error:
+            refusal = error
+    if refusal is not None and not found:
+        raise refusal
+    return max(found, key=_numbers)
+
+
+def _numbers(layer: AttentionSpec) -> int:
+    """Of all tensors of a layer."""
+    return sum(map(math.prod, layer.tensor_shapes().values()))
 
 
 def _check_latent(source: AttentionSpec, goal: Goal) -> None:
@@ -302,7 +165,7 @@ def _engine_rank(
     if goal.max_kl is not None:
         return taken[-1]  # what is looked for lies at or below
     if ratio is not None and not 0 < ratio <= 1:
-        return _rank(source, choices, rope_dim, goal)  # refuses
+        return _rank(source, choices, rope_dim, goal, 2)  # refuses
     wanted = goal.kv_lora_rank
     if wanted is None:
         wanted = math.floor((ratio or 0.0) * full + 1e-9) - rope_dim
@@ -340,7 +203,9 @@ def _words(sizes: Sequence[int]) -> str:
     return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
 
 
-def _rank(source: AttentionSpec, choices: list[int], rope_dim: int, goal: Goal) -> int:
+def _rank(
+    source: AttentionSpec, choices: list[int], rope_dim: int, goal: Goal, itemsize: int
+) -> int:
     """C, at most what the source caches per token without R."""
     full = source.cache_width
     highest, exact = full - rope_dim, source.kv_lora_rank is None
@@ -368,8 +233,9 @@ def _rank(source: AttentionSpec, choices: list[int], rope_dim: int, goal: Goal) 
             f" {_ratio(rope_dim + 1, full)}",
         )
     width = math.floor(ratio * full + 1e-9)
-    if width > rope_dim:
-        return width - rope_dim
+    storage = Storage(goal.cache_formats[0], itemsize)
+    if rank := storage.rank_within(width, rope_dim, highest):
+        return rank
     fitting = [size for size in choices if size < width]
     other = (
         f"--cache-ratio {ratio:g} --qk-rope-head-dim {fitting[-1]}"

@@ -66,6 +66,7 @@ def converted_config(
         "source_kv_lora_rank": target.source_kv_lora_rank,
         "source_qk_rope_head_dim": target.source_qk_rope_head_dim,
         "query_up": target.query_up,
+        "cache_format": target.cache_format,
         "q_bias": target.q_bias,
         "kv_a_bias": target.kv_bias,
         "o_bias": target.o_bias,
@@ -133,18 +134,25 @@ def size_words(plan: ConversionPlan) -> str:
     words = f"{ranks[0]} to {ranks[-1]} by layer" if ranks[0] != ranks[-1] else f"{ranks[-1]}"
     rope = f"rope {plan.target.qk_rope_head_dim}"
     if "held_out_kl" in plan.measured:
-        return f"rank {words}, {rope}"
+        kind = plan.target.cache_format
+        return f"rank {words}{f' in {kind}' if kind else ''}, {rope}"
     if len(widths) > 1:
         rope = f"rope {', '.join(map(str, widths[:-1]))} or {widths[-1]}, by calibration"
+    bits = plan.goal.cache_bits
+    stored = f" in {plan.target.cache_format}" if bits in (4, 8) else ""
+    stored = " in 16, 8 or 4 bits, by calibration" if bits == "auto" else stored
     if limit is not None:
         smallest = f"the smallest within {limit:g} nats per token"
         if len(widths) > 1:
-            return f"{rope}, and a rank, {smallest}"
-        return f"rank 1 to {ranks[-1]}, {smallest}, {rope}"
+            return f"{rope}, and a rank{stored}, {smallest}"
+        return f"rank 1 to {ranks[-1]}{stored}, {smallest}, {rope}"
     mean = " in the mean, by layer" if plan.goal.layer_ranks else ""
+    if bits == "auto":
+        held = f"{plan.goal.cache_ratio:.0%} of the bytes"
+        return f"{held}{mean}: {rope}, the rest rank{stored}"
     if len(widths) > 1:
-        return f"{plan.target.cache_width} numbers{mean}: {rope}, the rest rank"
-    return f"rank {words}{mean}, {rope}"
+        return f"{plan.target.cache_width} numbers{mean}: {rope}, the rest rank{stored}"
+    return f"rank {words}{mean}{stored}, {rope}"
 
 
 def cached_by(source: AttentionSpec) -> str:
@@ -282,15 +290,21 @@ def _losses(plan: ConversionPlan) -> list[tuple[str, str]]:
         points = ", ".join(
             f"{point['cache_ratio']:.0%}"
             + (f" with rope {point['rope_dim']}" if several else "")
+            + (f" in {point['cache_format']}" if point["cache_format"] else "")
             + f": {point['predicted_kl']:.2g}"
             for point in measured["curve"]
         )
         looked = ", at the widths that were looked at" if several else ""
         found.append(("curve", f"{points} (cache kept: nats per token{looked}, {FORESEEN})"))
-    if "rope_dims" in measured:
-        tried = ", ".join(f"{width}: {kl:.3g}" for width, kl in measured["rope_dims"])
-        chosen = f"{plan.target.qk_rope_head_dim}, of {tried} nats per token at this cache"
-        found.append(("rope", f"{chosen}, predicted"))
+    if "considered" in measured:
+        tried = ", ".join(
+            f"{width}{f' in {kind}' if kind else ''}: {kl:.3g}"
+            for width, kind, kl in measured["considered"]
+        )
+        chosen = f"{plan.target.qk_rope_head_dim}"
+        if plan.target.cache_format:
+            chosen += f" in {plan.target.cache_format}"
+        found.append(("rope", f"{chosen}, of {tried} nats per token at this cache, predicted"))
     if "held_out_kl" in measured:
         kl = f"{measured['held_out_kl']:.4g} nats per token from the source's on held-out"
         kl += " calibration text (KL divergence)"

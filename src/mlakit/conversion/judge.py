@@ -14,6 +14,7 @@ from mlakit.conversion.factor import Tensors
 from mlakit.conversion.head import Head
 from mlakit.conversion.observe import HeldOut
 from mlakit.conversion.plan import ConversionPlan, Progress
+from mlakit.conversion.quantised import round_latents
 from mlakit.conversion.sensitivity import importance
 from mlakit.conversion.stream import LayerReader, Stream
 from mlakit.conversion.student import Student, layer_schedule
@@ -78,6 +79,8 @@ class Judge:
         hook.remove()
         turns = layer_schedule(self.config, index).tolist() if frequencies is None else frequencies
         student = Student(self.config, index, tensors, turns, self.reader.device)
+        if kind := self.plan.target.cache_format:
+            round_latents(student.attention, kind)
         found = {"error": student.error(seen)}
         if self.plan.goal.has("downstream"):
             metric = importance(self.sensed, index).to(self.reader.device)

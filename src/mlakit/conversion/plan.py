@@ -13,16 +13,17 @@ from typing import Any, Literal
 from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
 from mlakit.checkpoint.reading import PLAN_NAME
-from mlakit.conversion.budget import Goal, engine_choice, narrowed, target_layer
+from mlakit.conversion.budget import engine_choice, narrowed, target_layer
 from mlakit.conversion.cautions import cautions
 from mlakit.conversion.cost import Estimate, forecast_cost
 from mlakit.conversion.domains import Calibration, plan_texts, text_warnings, with_samples
+from mlakit.conversion.goal import Goal
 from mlakit.conversion.rotary_sizes import open_sizes
 from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.engines.targets import TARGETS, adaptations, require_expressible
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import FAMILIES, beyond_last_layer, convertible, with_ranks
-from mlakit.spec import AttentionSpec, ModelSpec
+from mlakit.spec import AttentionSpec, CacheKind, ModelSpec
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the steps done and the steps in all."""
@@ -110,6 +111,7 @@ class ConversionPlan:
     def open(self) -> bool:
         """Whether calibration has still to decide on a size: what is planned is the largest."""
         undecided = self.goal.max_kl is not None or len(self.rope_dims) > 1
+        undecided = undecided or self.goal.cache_bits == "auto"
         return undecided and "held_out_kl" not in self.measured
 
     @property
@@ -201,7 +203,8 @@ def make_plan(
         )
     require_expressible(goal.engine, model, goal.method)
     _check_method(model, goal)
-    layers = tuple(target_layer(layer, goal) for layer in model.layers)
+    itemsize = _itemsize(checkpoint, model, None)
+    layers = tuple(target_layer(layer, goal, itemsize) for layer in model.layers)
     texts = None
     if not goal.equal_cache:
         sources = named_sources(BUILTIN if calibration is None else calibration)
@@ -209,8 +212,7 @@ def make_plan(
         named_sources([*sources, *checks])  # no name twice
         texts = plan_texts(model, sources, checks, calibration_tokens, seed)
     tensors = _tensors(checkpoint, model, layers, goal, dtype)
-    source = model.layers[0]
-    itemsize = _itemsize(checkpoint, model, None)
+    source, stored = model.layers[0], _itemsize(checkpoint, model, dtype)
     plan = ConversionPlan(
         source=_name(checkpoint.source),
         fingerprint=checkpoint.fingerprint,
@@ -227,8 +229,7 @@ def make_plan(
         * sum(
             layer.num_attention_heads * (layer.head_dim + layer.value_dim) for layer in model.layers
         ),
-        cache_bytes=_itemsize(checkpoint, model, dtype)
-        * sum(layer.cache_width for layer in layers),
+        cache_bytes=sum(layer.cache_row_bytes(stored) for layer in layers),
         estimate=Estimate(0, 0, 0.0),
         warnings=(),
     )
@@ -246,7 +247,9 @@ def _left_out(checkpoint: Checkpoint, model: ModelSpec) -> list[str]:
     return ["layers that predict further tokens (num_nextn_predict_layers) are left out"]
 
 
-def resized(plan: ConversionPlan, ranks: Sequence[int], rope_dim: int) -> ConversionPlan:
+def resized(
+    plan: ConversionPlan, ranks: Sequence[int], rope_dim: int, cache_format: CacheKind | None
+) -> ConversionPlan:
     """The plan with the sizes that calibration decided on; its hash stays, it names the goal."""
     family, itemsizes = FAMILIES[plan.model_type], dict(DTYPES.values())
     layers = tuple(
@@ -257,6 +260,7 @@ def resized(plan: ConversionPlan, ranks: Sequence[int], rope_dim: int) -> Conver
         )
         for layer in with_ranks(plan.layers, ranks)
     )
+    layers = tuple(replace(layer, cache_format=cache_format) for layer in layers)
     shapes = {
         family.attention_prefix(index) + name: shape
         for index, layer in enumerate(layers)
@@ -272,8 +276,7 @@ def resized(plan: ConversionPlan, ranks: Sequence[int], rope_dim: int) -> Conver
         )
         for tensor in plan.tensors
     )
-    width = sum(layer.cache_width for layer in plan.layers)
-    cache_bytes = plan.cache_bytes // width * sum(layer.cache_width for layer in layers)
+    cache_bytes = sum(layer.cache_row_bytes(DTYPES[plan.dtype][1]) for layer in layers)
     return replace(plan, layers=layers, tensors=tensors, cache_bytes=cache_bytes)
 
 

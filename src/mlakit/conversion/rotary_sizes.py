@@ -13,7 +13,7 @@ from mlakit.errors import UsageError
 from mlakit.spec import AttentionSpec, RopeSpec
 
 if TYPE_CHECKING:
-    from mlakit.conversion.budget import Goal
+    from mlakit.conversion.goal import Goal
 
 SCALE_FREE_ROPE = ("default", "linear", "llama3")
 """Scaling rules that look at a frequency alone: every c-th one of dimension d is then the schedule

@@ -23,7 +23,16 @@ from mlakit.checkpoint import (
 from mlakit.checkpoint.origin import origin
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.conversion.adapt import stored_tensors
-from mlakit.conversion.allocate import SEARCH_ROUNDS, Point, all_sizes, next_size, sizes_at, some_of
+from mlakit.conversion.allocate import (
+    SEARCH_ROUNDS,
+    Losses,
+    Point,
+    Storage,
+    all_sizes,
+    next_size,
+    sizes_at,
+    some_of,
+)
 from mlakit.conversion.calibrate import layer_weights
 from mlakit.conversion.card import converted_config, model_card
 from mlakit.conversion.factor import (
@@ -36,9 +45,11 @@ from mlakit.conversion.factor import (
 from mlakit.conversion.fit import Fit
 from mlakit.conversion.judge import Judge
 from mlakit.conversion.plan import WORK_NAME, ConversionPlan, Progress, resized
+from mlakit.conversion.quantised import in_even_basis
 from mlakit.conversion.refine import Refiner
 from mlakit.conversion.stream import LayerReader
 from mlakit.conversion.survey import Survey
+from mlakit.conversion.tokenizer import name_tokenizer_class
 from mlakit.conversion.transmla import LayerResult, TransMLA
 from mlakit.conversion.windows import WindowChoice, held_out_record
 from mlakit.data import Source
@@ -142,23 +153,47 @@ class Run:
         """The same where the survey predicts what each size loses."""
         goal, every = self.plan.goal, survey.losses()
         ranks = TARGETS[goal.engine].ranks(self.plan.source_layer, self.plan.target)
-        own = self.plan.source_layer.rotary_dim
-        sizes = all_sizes(every, goal.layer_ranks, ranks, own)
+        own, storages = self.plan.source_layer.rotary_dim, self._storages()
+        sizes = all_sizes(every, goal.layer_ranks, ranks, own, storages)
         measured: dict[str, Any] = {"curve": [asdict(point) for point in some_of(sizes)]}
         if goal.max_kl is not None:
             self._tell(measured)
             measured |= self._search(survey, sizes, goal.max_kl)
         else:
-            found = sizes_at(every, self.plan.target.cache_width, goal.layer_ranks, own)
+            found = self._sizes_asked_for(every, own, storages)
             if len(found) > 1:
-                measured["rope_dims"] = sorted((p.rope_dim, p.predicted_kl) for p in found)
-            self.plan = resized(self.plan, found[0].ranks, found[0].rope_dim)
+                measured["considered"] = sorted(
+                    (p.rope_dim, p.cache_format or "", p.predicted_kl) for p in found
+                )
+            self._resize(found[0])
             self._tell(measured)
             self._write_layers(Fit(survey, self.plan))
             measured |= self._judged()
-        rope_dim = self.plan.target.qk_rope_head_dim
-        chosen = next(losses for losses in every if losses.rope_dim == rope_dim)
-        return {**measured, "predicted_kl": chosen.predicted(self.plan.ranks)}
+        target = self.plan.target
+        chosen = next(losses for losses in every if losses.rope_dim == target.qk_rope_head_dim)
+        storage = next(each for each in storages if each.kind == target.cache_format)
+        return {**measured, "predicted_kl": chosen.point(self.plan.ranks, storage).predicted_kl}
+
+    def _storages(self) -> list[Storage]:
+        """How the result may cache its latents."""
+        itemsize = self.plan.source_cache_bytes // sum(s.cache_width for s in self.model.layers)
+        return [Storage(kind, itemsize) for kind in self.plan.goal.cache_formats]
+
+    def _sizes_asked_for(
+        self, every: Sequence[Losses], own: int, storages: Sequence[Storage]
+    ) -> list[Point]:
+        """The sizes that a rank or a ratio allows, the best one first."""
+        goal = self.plan.goal
+        if goal.kv_lora_rank is not None:
+            return [every[0].divided(goal.kv_lora_rank, goal.layer_ranks, storages[0])]
+        width = self.plan.target.cache_width
+        if goal.cache_bits != 16:
+            full = self.plan.source_layer.cache_width
+            width = math.floor((goal.cache_ratio or 0.0) * full + 1e-9)
+        return sizes_at(every, width, goal.layer_ranks, own, storages)
+
+    def _resize(self, size: Point) -> None:
+        self.plan = resized(self.plan, size.ranks, size.rope_dim, size.cache_format)
 
     def _search(self, survey: Survey, sizes: list[Point], limit: float) -> dict[str, Any]:
         """Converts until the smallest size within the limit is found and written last.
@@ -190,7 +225,7 @@ class Run:
     def _begin_round(self, number: int, size: Point) -> None:
         self.round = self.work / f"round-{number}"
         self.round.mkdir(exist_ok=True)
-        self.plan = resized(self.plan, size.ranks, size.rope_dim)
+        self._resize(size)
 
     def _refuse(self, found: float, limit: float) -> None:
         """Even the largest size loses more than is allowed: nothing stays."""
@@ -221,6 +256,8 @@ class Run:
         for index, tensors, facts in method.layers(self._is_done):
             if refiner is not None:
                 tensors, facts = refiner.refine(index, tensors, facts)
+            if self.plan.target.cache_format:
+                tensors = in_even_basis(self.reader, self.plan, index, tensors, facts)
             self._write_layer(index, tensors, facts)
 
     def _judged(self) -> dict[str, Any]:
@@ -254,7 +291,7 @@ class Run:
             self.shards.write(plan.shards, self._rest(exponent))
         folder = self.shards.folder
         copy_side_files(self.checkpoint.path, folder)
-        _name_tokenizer_class(self.checkpoint.path, folder)
+        name_tokenizer_class(self.checkpoint.path, folder)
         write_text_atomic(folder / "README.md", model_card(plan, origin(self.checkpoint)))
         config = converted_config(self.checkpoint.config, plan, self.model, exponent)
         write_json_atomic(folder / "config.json", config)
@@ -347,25 +384,3 @@ def _device(name: str) -> torch.device:
             remedy="use --device cpu; mlakit doctor lists the devices",
         ) from error
     return device
-
-
-def _name_tokenizer_class(source: Path, folder: Path) -> None:
-    """Names the class that transformers opens the source's tokenizer with, where it differs.
-
-    For some families transformers goes by ``model_type`` and ignores ``tokenizer_class``; the
-    result's own ``model_type`` would then get another tokenizer, which cuts text differently.
-    """
-    from transformers import AutoTokenizer
-
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    try:
-        opened = type(AutoTokenizer.from_pretrained(source)).__name__
-    except Exception:  # a source may lack a tokenizer that works, and so may its conversion
-        return
-    if opened == "TokenizersBackend":
-        opened = "PreTrainedTokenizerFast"  # the same class, under the name every version knows
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if str(config.get("tokenizer_class")).removesuffix("Fast") != opened.removesuffix("Fast"):
-        write_json_atomic(path, {**config, "tokenizer_class": opened})

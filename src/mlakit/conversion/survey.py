@@ -117,7 +117,10 @@ class Survey:
         self.stream = Stream(work, "source", windows, reader, batch_size(windows.shape[1]))
         self.configs = {
             rope_dim: converted_config(
-                reader.checkpoint.config, resized(plan, plan.ranks, rope_dim), reader.spec, 0
+                reader.checkpoint.config,
+                resized(plan, plan.ranks, rope_dim, plan.target.cache_format),
+                reader.spec,
+                0,
             )
             for rope_dim in plan.rope_dims
         }

@@ -17,7 +17,7 @@ from mlakit.evaluation.quality import (
     token_nll,
 )
 from mlakit.evaluation.subject import ModelLike, Subject, open_pair
-from mlakit.nn.hf import attention_specs
+from mlakit.nn.hf import attention_specs, new_cache
 from mlakit.reporting.schema import Difference, Verification
 
 ROUNDING = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
@@ -148,9 +148,12 @@ def _compare(source: Subject, result: Subject, ids: torch.Tensor, prefix_length:
     ids, targets = ids[:-1], ids[prefix_length + 1 :]
     one_pass, cached = [], []
     for model in (source.model, result.model):
+        # A quantised cache rounds what a prompt is read through: the pass has to go through one.
+        rounds = getattr(model.config, "cache_format", None) is not None
         output = model(
             input_ids=ids[None].to(model.device),
-            use_cache=False,
+            past_key_values=new_cache(model, 1, len(ids)) if rounds else None,
+            use_cache=rounds,
             logits_to_keep=len(ids) - prefix_length,
         )
         one_pass.append(output.logits[0].double().cpu())

@@ -47,13 +47,22 @@ def even_latents(model: Any) -> None:
     """
     name = FAMILIES[model.config.model_type.removeprefix("mla_")].input_norm
     for layer in model.model.layers:
-        attention = layer.self_attn
-        norm = None if name is None else getattr(layer, name)
-        moment = latent_moment(attention, norm)
-        for rows, up in _parts(attention):
-            weight = up.weight.double()
-            change, back = even_basis(moment[rows, rows], weight.mT @ weight)
-            _fold(attention, rows, up, change, back)
+        even_attention(layer.self_attn, None if name is None else getattr(layer, name))
+
+
+@torch.no_grad()
+def even_attention(attention: MLAttention, norm: nn.Module | None) -> None:
+    """The same for one layer.
+
+    Args:
+        attention: the layer's.
+        norm: in front of it, if there is one.
+    """
+    moment = latent_moment(attention, norm)
+    for rows, up in _parts(attention):
+        weight = up.weight.double()
+        change, back = even_basis(moment[rows, rows], weight.mT @ weight)
+        _fold(attention, rows, up, change, back)
 
 
 def even_basis(moment: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:

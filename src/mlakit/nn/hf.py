@@ -55,8 +55,9 @@ def load(
             own by default.
         device: where the model goes.
         cache_format: how ``new_cache`` holds the latents of a converted model: ``fp8``, ``int8`` or
-            ``int4``; as its config says by default. The weights are then those of the same
-            function in a basis of the latent that suits such a cache (``even_latent``).
+            ``int4``; as its config says by default. Where the config says nothing, the weights
+            become those of the same function in a basis that suits such a cache
+            (``even_latent``).
 
     Raises:
         MlakitError: the folder is unfinished or incomplete, or transformers cannot read it.
@@ -98,9 +99,9 @@ def load(
                 f"{path} caches keys and values, and a cache in {cache_format} is for latents",
                 remedy="convert it first, or leave the cache format out",
             )
+        if model.config.cache_format is None:
+            even_latents(model)  # else its weights are in that basis on disk
         model.config.cache_format = cache_format
-    if getattr(model.config, "cache_format", None):
-        even_latents(model)
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # some versions' SDPA leaves the cap out, silently
     try:
