@@ -65,7 +65,7 @@ def test_a_refined_one_resumes_and_says_what_was_chosen(tmp_path: Path, text: Pa
     planned = convert(source, tmp_path / "out", **goal, dry_run=True)
     assert planned.open and "rope 4, 8 or 12, by calibration" in size_words(planned)
     plan = convert(source, tmp_path / "out", **goal)
-    tried = dict(plan.measured["rope_dims"])
+    tried = {width: kl for width, kind, kl in plan.measured["considered"]}
     assert set(tried) == {4, 8, 12}
     assert not plan.open and f"rope {plan.target.qk_rope_head_dim}" in size_words(plan)
     assert plan.nbytes <= planned.nbytes and plan.cache_bytes <= planned.cache_bytes
