@@ -36,7 +36,7 @@ from mlakit.benching.environment import environment
 from mlakit.data import builtin_text
 
 RESULT = Path(__file__).parent / "results" / "serve_load.json"
-LENGTHS = (24, 150)
+LENGTHS = (24, 250)
 """New tokens of a request, one of these; the longer one needs pages that were not there when it
 was let in."""
 
@@ -88,7 +88,7 @@ def requests(count: int, share_that_leaves: float, seed: int) -> list[Asked]:
     asked = []
     for number in range(count):
         start = chance.randrange(len(text) - 400)
-        prompt = text[start : start + chance.randrange(5, 250)]
+        prompt = text[start : start + chance.randrange(5, 100)]
         if number % 3 == 0:
             prompt = shared + prompt[:40]
         leaves = chance.random() < share_that_leaves
@@ -235,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder of a converted checkpoint")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--requests", type=int, default=72)
     parser.add_argument("--leave", type=float, default=0.2, help="share that goes away")
     parser.add_argument("--small-cache", default="1MiB", help="of the case that runs out")
     parser.add_argument("--seed", type=int, default=0)

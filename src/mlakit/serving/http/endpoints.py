@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -275,7 +276,7 @@ def _event(chunk: BaseModel, with_usage: bool) -> bytes:
     for choice in shown["choices"]:
         if "delta" in choice:
             choice["delta"] = {k: v for k, v in choice["delta"].items() if v is not None}
-    return b"data: " + bytes(JSONResponse(shown).body) + b"\n\n"
+    return f"data: {json.dumps(shown, ensure_ascii=False)}\n\n".encode()
 
 
 def _json(answer: BaseModel, status: int = 200) -> Response:
