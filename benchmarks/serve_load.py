@@ -122,7 +122,7 @@ def server(model: str, *options: Any) -> Iterator[str]:
     said = ""
     for line in process.stderr:
         said += line
-        if found := re.search(r"listening *(http://\S+)", line):
+        if found := re.search(r"address +(http://\S+)", line):
             break
     else:
         sys.exit(f"the server did not start:\n{said}")

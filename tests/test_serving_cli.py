@@ -60,7 +60,7 @@ def started(folder: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if found := re.search(r"listening *(http://\S+)", line):
+        if found := re.search(r"address +(http://\S+)", line):
             break
     else:
         pytest.fail(f"it did not start: {process.wait()}")

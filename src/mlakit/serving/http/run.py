@@ -78,7 +78,7 @@ def run(model: str | Path, options: ServeOptions) -> None:
         engine.stop()
     if server.cut_off:
         raise MlakitError(
-            f"{server.cut_off} sequences were cut off at the end",
+            f"sequences that were cut off at the end: {server.cut_off}",
             remedy="give them more time with --drain-timeout",
         )
     LOG.info("stopped; every accepted request was answered")
@@ -89,7 +89,7 @@ def _say(listener: socket.socket, api_key: str | None, plan: CachePlan) -> None:
     address, port = listener.getsockname()[:2]
     LOG.info("%s", plan)
     shown = f"[{address}]" if ":" in address else address
-    LOG.info("%-9shttp://%s:%d (Ctrl-C ends it)", "listening", shown, port)
+    LOG.info("%-9shttp://%s:%d (Ctrl-C ends it)", "address", shown, port)
     if api_key is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         LOG.warning(
             "\nWARNING: anybody who reaches %s can use this model: there is no API key.\n"
