@@ -13,9 +13,11 @@ from mlakit.baselines import METHODS, Bench, Variant
 from mlakit.baselines import heads as heads_room
 from mlakit.baselines.layers import merge_pairs, slerp
 from mlakit.baselines.levels import bell_levels, fit_levels, nearest, random_rotation, turbo
+from mlakit.baselines.linear import FeatureMap, imitation, mixed_attention, teach
 from mlakit.baselines.low_rank import value_pair
 from mlakit.baselines.prefix import Rotation, read_prefix
 from mlakit.baselines.reads import PAGE, page_bounds, pages_kept, read_share
+from mlakit.baselines.slicing import residual_moment
 from mlakit.baselines.states import linear_bytes, mamba_bytes, rwkv_bytes, yoco_bytes
 from mlakit.baselines.weight_size import DAMP, gptq, wanda
 from mlakit.baselines.weights import attentions
@@ -70,7 +72,8 @@ def nbytes(variant: Variant, ids: Tensor) -> int:
 WHOLE = {"gqa": 2.0, "pruned-groups": 2.0, "low-rank": 1.0, "clover": 1.0, "mlkv": 1.0,
          "top-pages": 1.0}  # fmt: skip
 SOME = {"gqa": 1.0, "pruned-groups": 1.0, "low-rank": 0.5, "clover": 0.75, "mlkv": 2.0,
-        "top-pages": 0.5, "minicache": 0.5, "kvquant": 4.0, "turboquant": 4.0}  # fmt: skip
+        "top-pages": 0.5, "minicache": 0.5, "linear": 16.0, "kvquant": 4.0,
+        "turboquant": 4.0}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -437,3 +440,98 @@ def test_states_are_those_that_transformers_holds(bench: Bench) -> None:
     # 2 K/V heads of 8, keys and values, 2 bytes: one cache, and two windows of the lower half.
     assert yoco_bytes(bench.spec, 5000, 2) == 64 * (5000 + 2 * 1024)
     assert yoco_bytes(bench.spec, 100, 2) == 64 * 3 * 100
+
+
+def test_mixed_attention_is_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, near, far = (torch.randn(*shape, generator=generator)
+                          for shape in ((4, 3, 8), (2, 3, 8), (2, 9, 8)))  # fmt: skip
+    values = torch.randn(2, 12, 8, generator=generator)
+    found = FeatureMap(torch.randn(4, 8, 8, generator=generator),
+                       torch.randn(2, 8, 8, generator=generator),
+                       torch.randn(4, 1, 1, generator=generator))  # fmt: skip
+    scores = (queries @ near.repeat_interleave(2, 0).mT).masked_fill(
+        torch.ones(3, 3, dtype=torch.bool).triu(1), -torch.inf
+    )
+    got = mixed_attention(
+        found.of_queries(queries), found.state(far, values[:, :9]), scores, values[:, 9:]
+    )
+
+    def phi(x: Tensor, matrix: Tensor) -> Tensor:
+        x = (x @ matrix).double()
+        return torch.cat([x.exp() / x.exp().sum(), (-x).exp() / (-x).exp().sum()])
+
+    for head, step in [(0, 0), (3, 2), (1, 1)]:
+        group, query = head // 2, queries[head, step]
+        seen = [float(phi(query, found.query[head]) @ phi(key, found.key[group]))
+                * float(found.weight[head].exp()) for key in far[group]]  # fmt: skip
+        seen += [float((query.double() @ near[group, j].double()).exp()) for j in range(step + 1)]
+        weights = torch.tensor(seen).double() / sum(seen)
+        wanted = weights @ values[group, : 9 + step + 1].double()
+        torch.testing.assert_close(got[head, step].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_feature_map_learns_to_imitate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sample = tuple(torch.randn(count, 32, 8, generator=generator) for count in (4, 2, 2))
+    before = float(imitation(FeatureMap.new(4, 2, 8, torch.device("cpu")), sample, 8**-0.5))
+    after = float(imitation(teach([sample], 8**-0.5, 0), sample, 8**-0.5))
+    assert after < before / 2
+
+
+def test_a_state_does_not_grow(bench: Bench, ids: Tensor) -> None:
+    variant = BY_NAME["linear"].build(bench, 16)
+    for length in (20, 40):
+        prefix = read_prefix(variant.model, ids[:length], max_length=length)
+        # 4 layers, 2 K/V heads, 16 features, 8 values and a sum, float32
+        assert cache_nbytes(variant.compress(prefix)) == 4 * 2 * 16 * 9 * 4
+    assert variant.trained_tokens > 0
+
+
+def test_slicing_nothing_changes_nothing(bench: Bench, ids: Tensor) -> None:
+    variant = BY_NAME["slicegpt"].build(bench, 0.0)
+    whole = continuation_logits(bench.source.model, ids, PREFIX)
+    # A rotation there and back in float32, logits below 30.
+    torch.testing.assert_close(logits(variant, ids), whole, atol=1e-3, rtol=0)
+
+
+def test_a_slice_is_its_formula(bench: Bench, ids: Tensor) -> None:
+    """The residual stream of the sliced model, one layer in float64, and what it reads there."""
+    model = BY_NAME["slicegpt"].build(bench, 0.25).model
+    source = bench.source.model.model
+    basis = torch.linalg.eigh(residual_moment(bench)).eigenvectors.flip(1)[:, :24]
+    stream = source.embed_tokens.weight[ids].double() @ basis
+    torch.testing.assert_close(
+        model.model.embed_tokens.weight[ids].double(), stream, atol=1e-6, rtol=1e-5
+    )
+    # RMSNorm over the original width, its weight, the projection, all in the kept directions.
+    layer = source.layers[0]
+    unit = stream / (stream.square().sum(-1, keepdim=True) / 32).sqrt()
+    wanted = unit @ basis.mT * layer.input_layernorm.weight.double()
+    wanted = wanted @ layer.self_attn.q_proj.weight.double().mT
+    sliced = model.model.layers[0]
+    got = sliced.self_attn.q_proj(sliced.input_layernorm(stream.float()))
+    torch.testing.assert_close(got.double(), wanted, atol=1e-3, rtol=1e-3)  # eps of the norm
+    assert nbytes(Variant(model), ids) == nbytes(Variant(bench.source.model), ids)
+    sizes = [sum(p.nbytes for p in m.parameters()) for m in (model, bench.source.model)]
+    assert 0.7 < sizes[0] / sizes[1] < 0.8
+
+
+def test_directions_are_those_of_the_stream(bench: Bench) -> None:
+    total = 0
+    model = bench.source.model
+    seen: list[Tensor] = []
+    handles = [
+        norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()[0].double()))
+        for layer in model.model.layers
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+    ]
+    with torch.no_grad():
+        for window in bench.calibration_ids:
+            model(input_ids=window[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for x in seen:
+        unit = x / x.square().mean(-1, keepdim=True).sqrt()
+        total = total + unit.mT @ unit
+    torch.testing.assert_close(residual_moment(bench), total, rtol=1e-4, atol=1e-2)

@@ -110,7 +110,10 @@ def test_latent_rows_keep_their_bytes(tiny: Path, text: Path, tmp_path: Path) ->
 def test_a_dry_run_lists_and_writes_nothing(tiny: Path, tmp_path: Path) -> None:
     plan = compare(tiny, tmp_path / "out", dry_run=True)
     assert isinstance(plan, Plan) and not (tmp_path / "out").exists()
-    assert plan.steps[0][0].name == "original"
+    names = [method.name for method, _ in plan.steps]
+    assert names[0] == "original" and "mla" in names and "mla-refined" not in names
+    named = compare(tiny, tmp_path / "out", methods=["mla-refined"], dry_run=True)
+    assert isinstance(named, Plan) and named.steps[1][0].slow
     done = CliRunner().invoke(app, ["compare", str(tiny), "--dry-run", "--json"])
     rows = json.loads(done.output)
     assert [row["method"] for row in rows] == [m.name for m, _ in plan.steps]

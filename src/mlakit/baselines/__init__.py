@@ -6,7 +6,18 @@ A cache layer that packs a prefix (``prefix.PrefixLayer``), the queries of every
 
 from __future__ import annotations
 
-from mlakit.baselines import bits, heads, layers, levels, low_rank, reads, tokens, weight_size
+from mlakit.baselines import (
+    bits,
+    heads,
+    layers,
+    levels,
+    linear,
+    low_rank,
+    reads,
+    slicing,
+    tokens,
+    weight_size,
+)
 from mlakit.baselines.method import Bench, Method, Setting, Variant, require_plain
 from mlakit.baselines.prefix import Prefix, read_prefix
 
@@ -28,7 +39,9 @@ METHODS: tuple[Method, ...] = (
     *heads.METHODS,
     *low_rank.METHODS,
     *layers.METHODS,
+    *linear.METHODS,
     *reads.METHODS,
     *weight_size.METHODS,
+    *slicing.METHODS,
 )
 """Every method of this room, in the order that tables have."""

@@ -117,6 +117,7 @@ class Method:
         differs: what of the original this does not reproduce, one sentence.
         settings: the doses to measure for a model and the shares of its cache asked for.
         build: what one of them runs.
+        slow: takes many minutes, so it runs only where it is named.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Method:
     differs: str
     settings: Settings
     build: Callable[[Bench, float], Variant]
+    slow: bool = False
 
 
 def by_share(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class Prefix:
         cache: its own cache.
         queries: per layer ``[1, H, P, d]``, rotated; empty where nobody asked.
         scale: factor on the scores.
+        found: what a method worked out of this prefix, for its other settings.
     """
 
     model: PreTrainedModel
@@ -64,6 +65,7 @@ class Prefix:
     cache: Cache
     queries: tuple[Tensor, ...] = ()
     scale: float = 1.0
+    found: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[tuple[Tensor, Tensor]]:

@@ -120,9 +120,11 @@ def evict(rule: Rule, share: float, prefix: Prefix) -> Cache:
 
     def pack(index: int, keys: Tensor, values: Tensor) -> KeptLayer:
         length = keys.shape[2]
-        weights = rule.weights(length)
-        scores = attention_scores(prefix.queries[index], keys, weights, prefix.scale)
-        rows = choose(scores, rule, kept(share, length))
+        if (rule, index) not in prefix.found:
+            prefix.found[rule, index] = attention_scores(
+                prefix.queries[index], keys, rule.weights(length), prefix.scale
+            )
+        rows = choose(prefix.found[rule, index], rule, kept(share, length))
         picked = [torch.gather(x, 2, rows[None, :, :, None].expand(-1, -1, -1, x.shape[3]))
                   for x in (keys, values)]  # fmt: skip
         return KeptLayer(*picked, seen=length)

@@ -20,7 +20,10 @@ def compare(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Names between commas; default: all. --dry-run lists them."),
+        typer.Option(
+            help="Names between commas; default: all but mla-refined, which takes many minutes."
+            " --dry-run lists them."
+        ),
     ] = None,
     budgets: Annotated[
         str, typer.Option(help="Shares of the model's own cache, between commas.")

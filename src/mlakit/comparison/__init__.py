@@ -53,7 +53,7 @@ def compare(
     Args:
         model: folder or hub id of an ordinary checkpoint; it is never changed.
         output: folder for the points; new, empty, or left by the same comparison.
-        methods: names of methods; all by default.
+        methods: names of methods; by default all but those that take many minutes.
         budgets: shares of the model's own cache, e.g. 0.25.
         text: what to continue, see ``evaluate``; the package's own evaluation text by default.
         calibration: texts for the methods that calibrate; the package's own if None.

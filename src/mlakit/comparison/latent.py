@@ -76,9 +76,10 @@ def _method(
     settings: Settings,
     options: dict[str, Any],
     cache_format: CacheKind | None = None,
+    slow: bool = False,
 ) -> Method:
     build = partial(_build, options, cache_format)
-    return Method(name, title, "latent", source, differs, settings, build)
+    return Method(name, title, "latent", source, differs, settings, build, slow)
 
 
 METHODS = (
@@ -106,6 +107,7 @@ METHODS = (
         "not healed.",
         by_share,
         {},
+        slow=True,
     ),
     _method(
         "mla-published",

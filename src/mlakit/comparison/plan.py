@@ -65,7 +65,8 @@ def make_plan(spec: ModelSpec, *, methods: Sequence[str] | None, budgets: Sequen
                 remedy="give shares between 0 and 1: 0.5,0.25,0.125",
             )
     known = {method.name: method for method in (*latent.METHODS, *METHODS)}
-    names = list(dict.fromkeys(methods if methods is not None else known))
+    usual = [name for name, method in known.items() if not method.slow]
+    names = list(dict.fromkeys(methods if methods is not None else usual))
     for name in names:
         if name not in known:
             raise UsageError(f"there is no method {name!r}", remedy=f"known: {', '.join(known)}")

@@ -9,7 +9,16 @@ from pydantic import Field
 from mlakit.reporting.schema import Environment, Estimate, ModelSummary, Recall, Record, Text
 
 Family = Literal[
-    "original", "latent", "bits", "tokens", "heads", "dimensions", "layers", "reads", "weights"
+    "original",
+    "latent",
+    "bits",
+    "tokens",
+    "heads",
+    "dimensions",
+    "layers",
+    "states",
+    "reads",
+    "weights",
 ]
 """What a method shrinks."""
 
@@ -21,6 +30,7 @@ FAMILY_WORDS: dict[Family, str] = {
     "heads": "fewer heads",
     "dimensions": "fewer dimensions",
     "layers": "shared layers",
+    "states": "constant state",
     "reads": "fewer reads",
     "weights": "fewer weights",
 }

@@ -25,7 +25,8 @@ COLOURS: dict[Family, str] = {
     "heads": "#cc79a7",
     "dimensions": "#b8860b",
     "layers": "#56b4e9",
-    "reads": "#7f6fb0",
+    "states": "#7f6fb0",
+    "reads": QUIET,
     "weights": QUIET,
 }
 MARKERS = "osD^vPX<>h*"
