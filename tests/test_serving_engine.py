@@ -203,6 +203,19 @@ def test_a_tokenizer_that_fails_ends_one_request() -> None:
     )
 
 
+def test_a_spoilt_page_is_not_shared() -> None:
+    model = Faulty(model_of("compress"))
+    watched = Watched(model, TOKENIZER)
+    model.spoils = lambda ids: 0
+    _, first = watched.submit("hello there", GREEDY)
+    watched.finish()
+    model.spoils = lambda ids: None
+    _, second = watched.submit("hello there", GREEDY)
+    watched.finish()
+    assert first.reason == "error"
+    assert second.last.cached_tokens == 0
+
+
 def test_logits_that_are_not_numbers_end_their_own_request_only() -> None:
     model = Faulty(model_of("compress"))
     watched = Watched(model, TOKENIZER)
@@ -230,31 +243,27 @@ def test_a_listener_that_fails_harms_nobody_else() -> None:
     assert heard([fine]) == expected(model_of("compress"), TOKENIZER, ["abc"], GREEDY)
 
 
-def test_a_fault_outside_of_any_request_ends_all_of_them() -> None:
-    watched = Watched(model_of("compress"), TOKENIZER)
-    engine, admit, luck = watched.engine, watched.engine.scheduler.admit, [False, True]
-
-    def admits() -> None:
-        if not luck.pop(0):
-            raise RuntimeError("a bug")
-        luck.append(True)
-        admit()
-
-    engine.scheduler.admit = admits  # type: ignore[method-assign]
+def test_after_a_fault_in_the_books_everything_begins_anew() -> None:
+    engine = Watched(model_of("compress"), TOKENIZER).engine
     first, ended = Listener(), threading.Event()
 
     def listen(piece: Piece) -> None:
         first(piece)
-        ended.set()
+        if piece.finish_reason:
+            ended.set()
+        else:
+            engine.scheduler.ledger._holders = []
 
-    engine.submit([0, 5], GREEDY, listen)
+    engine.submit(TOKENIZER("hello there")["input_ids"], GREEDY, listen)
     engine.start()
     assert ended.wait(timeout=60)
-    _, second = watched.submit("a", GREEDY)
+    second = Listener()
+    engine.submit(TOKENIZER("hello there")["input_ids"], GREEDY, second)
     assert engine.drain(timeout=60)
     engine.stop()
-    assert first.last.error == "RuntimeError: a bug"
-    assert second.reason == "length"
+    assert (first.last.error or "").startswith("IndexError: list")
+    assert heard([second]) == expected(engine.model, TOKENIZER, ["hello there"], GREEDY)
+    assert engine.stats().finished == {"error": 1, "length": 1}
 
 
 def test_what_can_never_be_served_is_refused() -> None:
@@ -269,8 +278,9 @@ def test_what_can_never_be_served_is_refused() -> None:
     ):
         with pytest.raises(UsageError, match=word):
             engine.submit(prompt, sampling, Listener())
-    with pytest.raises(UsageError, match="at least 1"):
-        Engine(model, TOKENIZER, max_batch_size=0)
+    for name in ("max_batch_size", "max_tokens_per_request", "prefill_chunk", "block_size"):
+        with pytest.raises(UsageError, match=f"{name} is 0"):
+            Engine(model, TOKENIZER, **{name: 0})
     with pytest.raises(UsageError, match="holds no page"):
         Engine(model, TOKENIZER, cache_bytes=100)
     with pytest.raises(UsageError, match="--equal-cache"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections import Counter, deque
@@ -76,13 +77,17 @@ class Engine:
                 "engine's pages hold latents",
                 remedy="mlakit convert MODEL --equal-cache, which is exact and costs no bytes",
             )
-        if min(max_batch_size, prefill_chunk, max_waiting, block_size) < 1:
-            raise UsageError(
-                f"max_batch_size is {max_batch_size}, prefill_chunk {prefill_chunk}, max_waiting "
-                f"{max_waiting} and block_size {block_size}; each is at least 1"
-            )
         self.model, self.tokenizer = model, tokenizer
         context = int(self.model.config.max_position_embeddings)
+        for name, size in (
+            ("max_batch_size", max_batch_size),
+            ("max_tokens_per_request", max_tokens_per_request),
+            ("prefill_chunk", prefill_chunk),
+            ("max_waiting", max_waiting),
+            ("block_size", block_size),
+        ):
+            if size is not None and size < 1:
+                raise UsageError(f"{name} is {size}; at least 1 is needed")
         self.max_tokens = min(context, max_tokens_per_request or context)
         self.max_waiting = max_waiting
         self.pool = make_pool(model, cache_bytes, max_batch_size, self.max_tokens, block_size)
@@ -250,9 +255,14 @@ class Engine:
                     break
             try:
                 self.step()
-            except Exception as error:  # not of one request: nothing that is known would go on
-                for job in list(self._jobs.values()):
-                    self._end(job, "error", _reason(error))
+            except Exception as error:  # not of a request: the books may be wrong
+                logging.getLogger(__name__).exception("every request ends, every page is freed")
+                with self._wake:
+                    self.scheduler.forget()
+                    self._arrivals.clear()
+                    jobs = list(self._jobs.values())
+                for job in jobs:
+                    self._finish(job, Piece("", finish_reason="error", error=_reason(error)))
         self._leave_cancelled()
 
     def _leave_cancelled(self) -> None:
@@ -260,22 +270,36 @@ class Engine:
             jobs = [self._jobs[number] for number in self._cancelled if number in self._jobs]
             self._cancelled.clear()
         for job in jobs:
-            self._end(job, "cancelled")
+            self._end(job, Piece("", finish_reason="cancelled"))
 
     def _feed(self, chunk: list[tuple[Job, int]]) -> None:
         """Computes the next tokens of every job, so many of each, and the one after the last."""
+        fault = ""
         try:
             logits = self._forward(chunk)
+            spoilt = logits.isnan().any(dim=-1).tolist()
         except Exception as error:  # the fault of one of them, or memory for so many
-            if len(chunk) == 1:
-                self._end(chunk[0][0], "error", _reason(error))
-            else:
-                for one in chunk:
-                    self._feed([one])
-            return
-        for job, count in chunk:
+            logging.getLogger(__name__).exception("a step of %d requests failed", len(chunk))
+            fault = _reason(error)
+        if fault and len(chunk) == 1:
+            self._end(chunk[0][0], Piece("", finish_reason="error", error=fault))
+        elif fault:  # outside of the except clause, which holds on to the memory
+            for one in chunk:
+                self._feed([one])
+        else:
+            self._note(chunk, logits, spoilt)
+
+    def _note(self, chunk: list[tuple[Job, int]], logits: Tensor, spoilt: list[bool]) -> None:
+        """Enters what was computed, and delivers where a token is due."""
+        due = []
+        for place, (job, count) in enumerate(chunk):
+            if spoilt[place]:
+                reason = "the model's logits are not numbers"
+                self._end(job, Piece("", finish_reason="error", error=reason))
+                continue
             self.scheduler.computed(job, count)
-        due = [place for place, (job, _) in enumerate(chunk) if not job.missing]
+            if not job.missing:
+                due.append(place)
         if due:
             self._deliver([chunk[place][0] for place in due], logits[due])
 
@@ -287,23 +311,17 @@ class Engine:
 
     def _deliver(self, jobs: list[Job], logits: Tensor) -> None:
         """Chooses the next token of every job and tells its listener."""
-        unknown = logits.isnan().any(dim=-1).tolist()
-        for job, token, row, bad in zip(
-            jobs, next_tokens(logits, [job.text for job in jobs]), logits, unknown
-        ):
-            if bad:
-                self._end(job, "error", "the model's logits are not numbers")
-                continue
+        tokens = next_tokens(logits, [job.text for job in jobs])
+        for job, token, row in zip(jobs, tokens, logits, strict=True):
             try:
                 piece = _accept(job, token, row)
             except Exception as error:  # the tokenizer's
-                self._end(job, "error", _reason(error))
-                continue
+                piece = Piece("", finish_reason="error", error=_reason(error))
             self._written_tokens += len(piece.token_ids)
-            if job.text.finish_reason is None:
+            if piece.finish_reason is None:
                 self._tell(job, piece)
             else:
-                self._end(job, job.text.finish_reason, piece=piece)
+                self._end(job, piece)
 
     def _tell(self, job: Job, piece: Piece) -> None:
         """Calls the listener; one that fails is not called again."""
@@ -312,22 +330,22 @@ class Engine:
         except Exception as error:
             job.on_piece = lambda piece: None
             if piece.finish_reason is None:
-                self._end(job, "error", _reason(error))
+                self._end(job, Piece("", finish_reason="error", error=_reason(error)))
 
-    def _end(
-        self, job: Job, reason: FinishReason, error: str | None = None, piece: Piece | None = None
-    ) -> None:
+    def _end(self, job: Job, last: Piece) -> None:
         """Takes a job out, its pages back, and tells its listener."""
         with self._wake:
             if job in self._arrivals:
                 self._arrivals.remove(job)
             else:
                 self.scheduler.leave(job)
-            self._finished[reason] += 1
-        last = replace(
-            piece or Piece(""), finish_reason=reason, error=error, cached_tokens=job.found or 0
-        )
-        self._tell(job, last)
+        self._finish(job, last)
+
+    def _finish(self, job: Job, last: Piece) -> None:
+        """Tells a listener the end, and forgets the job."""
+        assert last.finish_reason is not None
+        self._finished[last.finish_reason] += 1
+        self._tell(job, replace(last, cached_tokens=job.found or 0))
         with self._wake:
             del self._jobs[job.ticket.number]
             self._wake.notify_all()
@@ -339,10 +357,11 @@ def _accept(job: Job, token: int, logits: Tensor) -> Piece:
     text = job.text.accept(token)
     written = tuple(job.text.token_ids[before:])
     job.tokens += written
-    if wanted is None or not written:
-        return Piece(text, written)
-    level, top = log_probabilities(logits, token, wanted)
-    return Piece(text, written, (TokenLogprob(token, level, tuple(top)),))
+    likely: tuple[TokenLogprob, ...] = ()
+    if wanted is not None and written:
+        level, top = log_probabilities(logits, token, wanted)
+        likely = (TokenLogprob(token, level, tuple(top)),)
+    return Piece(text, written, likely, job.text.finish_reason)
 
 
 def _reason(error: Exception) -> str:

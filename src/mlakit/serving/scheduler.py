@@ -134,6 +134,12 @@ class Scheduler:
             self.waiting.remove(job)
         self._give_back(job)
 
+    def forget(self) -> None:
+        """Begins anew: no job, and every page free."""
+        self.ledger = PageLedger(self.ledger.count, self.ledger.block_size)
+        self.waiting.clear()
+        self.running.clear()
+
     def _preempt(self, job: Job) -> None:
         self.leave(job)
         self.waiting.appendleft(job)
