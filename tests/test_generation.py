@@ -313,9 +313,8 @@ def test_choices_are_those_of_the_sorted_distribution(top_k: int, top_p: float) 
         assert single.tolist() == [token]
         weights = (row.double() / temperature).exp()
         order = list(range(size))
-        if top_k or top_p < 1:
-            order.sort(key=lambda index: -float(row[index]))
-            order = order[: top_k or size]
+        order.sort(key=lambda index: -float(row[index]))
+        order = order[: top_k or size]
         total, kept = float(weights[order].sum()), []
         for index in order:
             if kept and sum(kept) >= top_p * total:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mlakit.errors import UsageError
 
 CANDIDATES = 1024
-"""Tokens among which those that reach ``top_p`` are looked for first."""
+"""Tokens among which the one that a number falls on is looked for first."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,27 @@ def choose_tokens(
     """
     if draws is None:
         return logits.argmax(dim=-1)
-    scaled, draws = logits.double() / temperature, draws.to(logits.device)
-    if not top_k and top_p == 1:
-        return _draw(scaled.softmax(dim=-1), draws)
-    probabilities, order = _likeliest(scaled, top_k, top_p)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    kept = torch.where((before < top_p) | (before == 0), probabilities, 0.0)
-    return order.gather(1, _draw(kept, draws).unsqueeze(1)).squeeze(1)
+    scaled, draws = logits.double() / temperature, draws.to(logits.device).unsqueeze(1)
+    probabilities, order = _likeliest(scaled, top_k, draws if top_p == 1 else draws * 0 + top_p)
+    if top_p < 1:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill((before >= top_p) & (before > 0), 0.0)
+        draws = draws * probabilities.sum(dim=-1, keepdim=True)
+    place = torch.searchsorted(probabilities.cumsum(dim=-1), draws, right=True)
+    return order.gather(1, place.clamp_max(order.shape[-1] - 1)).squeeze(1)
 
 
-def _likeliest(scaled: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities and ids ``[B, n]``, likeliest first, of all tokens that may be kept.
+def _likeliest(scaled: Tensor, top_k: int, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and ids ``[B, n]``, likeliest first, until they reach a sum.
 
-    A few hold nearly all of the probability, and finding those is much cheaper than sorting all.
+    A few tokens hold nearly all of the probability, and finding those is much cheaper than
+    sorting all. The likeliest come first also because rounding then moves the place that a
+    number falls in least: by the probability that is left, not by what has been added up.
+
+    Args:
+        scaled: logits ``[B, vocabulary]``, float64.
+        top_k: only this many, which share the whole probability; 0 for all.
+        reach: the sum ``[B, 1]``; it may take all tokens.
     """
     size = scaled.shape[-1]
     if top_k:
@@ -112,17 +120,10 @@ def _likeliest(scaled: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor
     while True:
         levels, order = scaled.topk(min(count, size), dim=-1)
         probabilities = (levels - whole).exp()
-        if count >= size or bool((probabilities.sum(dim=-1) >= top_p).all()):
+        reached = bool((probabilities.sum(dim=-1, keepdim=True) > reach).all())
+        if count >= size or reached:
             return probabilities, order
         count *= 8
-
-
-def _draw(weights: Tensor, draws: Tensor) -> Tensor:
-    """The column ``[B]`` in which a share ``draws`` of each row's sum falls."""
-    sums = weights.cumsum(dim=-1)
-    threshold = draws.unsqueeze(1) * sums[:, -1:]
-    column = torch.searchsorted(sums, threshold, right=True)
-    return column.squeeze(1).clamp_max(weights.shape[-1] - 1)
 
 
 def penalise(logits: Tensor, written: Mapping[int, int], sampling: Sampling) -> None:
