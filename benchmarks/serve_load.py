@@ -44,6 +44,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.8, "top_p": 0.95, "seed": 1},
 )
+CASES = ("one client", "all fit", "pages run out", "short queue")
 RETRY_SECONDS = 0.2
 
 
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=72)
     parser.add_argument("--leave", type=float, default=0.2, help="share that goes away")
     parser.add_argument("--small-cache", default="1MiB", help="of the case that runs out")
+    parser.add_argument("--case", choices=CASES, help="only this one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -246,14 +248,21 @@ def main() -> None:
     asked = requests(options.requests, options.leave, options.seed)
     expect(options.model, asked)
     shape = ("--device", "cpu", "--max-batch-size", options.clients)
-    for name, clients, more in (
-        ("one client", 1, ()),
-        ("all fit", options.clients, ()),
-        ("pages run out", options.clients, ("--cache-memory", options.small_cache)),
-        ("short queue", 2 * options.clients, ("--max-waiting", options.clients // 4)),
+    for name, clients, more in zip(
+        CASES,
+        (1, options.clients, options.clients, 2 * options.clients),
+        (
+            (),
+            (),
+            ("--cache-memory", options.small_cache),
+            ("--max-waiting", max(1, options.clients // 4)),
+        ),
+        strict=True,
     ):
+        if options.case not in (None, name):
+            continue
         these = requests(options.requests, options.leave, options.seed)
-        these = these[: options.requests // 5] if clients == 1 else these
+        these = these[: max(1, options.requests // 5)] if clients == 1 else these
         for one, known in zip(these, asked):
             one.expected = known.expected
         with server(options.model, *shape, *more) as url:

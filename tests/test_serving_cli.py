@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -26,9 +27,12 @@ from mlakit.nn.hf import attention_specs, load
 from mlakit.serving.engine import Engine
 from mlakit.serving.handover import KEY
 from mlakit.serving.http.serve import serve
+from mlakit.serving.http.server import listen
 from mlakit.serving.plan import CachePlan, pool_bytes
 from serving_http import TEMPLATE, small_model, tokenizer_with
 from test_generation import model_of
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,38 @@ def test_a_dry_run_says_what_fits(folder: Path) -> None:
         serve(folder, dry_run=True, cache_memory="1KiB", device="cpu")
 
 
+def test_an_open_door_is_said_loudly(caplog: pytest.LogCaptureFixture) -> None:
+    from mlakit.serving.http.run import announce
+
+    caplog.set_level(logging.INFO, "mlakit.serve")
+    plan = CachePlan("tiny", 1, 1, 64, 64, 1)
+    for host, key, loud in (
+        ("127.0.0.1", None, False),
+        ("0.0.0.0", "sesame", False),
+        ("0.0.0.0", None, True),
+    ):
+        caplog.clear()
+        with listen(host, 0) as listener:
+            announce(listener, key, plan)
+        assert ("WARNING: anybody" in caplog.text) is loud
+        assert f"http://{host}:" in caplog.text
+    with pytest.raises(UsageError, match="ASCII"):
+        serve("anything", api_key="schlüssel", device="cpu", port=0)
+
+
+@pytest.mark.slow
+def test_the_load_test_finds_every_text(folder: Path, tmp_path: Path) -> None:
+    result = tmp_path / "load.json"
+    command = ["-m", "benchmarks.serve_load", str(folder), "--requests", "6", "--clients", "3"]
+    command += ["--leave", "0.4", "--case", "pages run out", "--small-cache", "110KiB"]
+    command += ["--output", str(result)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for case in json.loads(result.read_text())["cases"]:
+        assert case["complete"] + case["gone_away"] == case["requests"]
+        assert case["wrong"] == case["left_behind"]["pages"] == 0
+
+
 def test_memory_is_bytes_or_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlakit.conversion.samples.free_memory", lambda device: 1000)
     assert pool_bytes(None, "cpu") is None
@@ -204,7 +240,7 @@ def test_without_its_packages_the_verb_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_page_says_what_the_commands_print() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\$ mlakit (serve .+ --engine vllm .+)\n(vllm .+\n)", page, re.MULTILINE)
     assert len(shown) == 4
     for command, output in shown:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlakit.account import parse_bytes
-from mlakit.errors import MlakitError
+from mlakit.errors import MlakitError, UsageError
 from mlakit.evaluation import open_subject
 from mlakit.serving.engine import Engine
 from mlakit.serving.http.endpoints import Limits, Service
@@ -34,43 +34,20 @@ def run(model: str | Path, options: ServeOptions) -> None:
         UsageError: an option makes no sense, or the model was not converted.
         MlakitError: the model or the address cannot be had, or requests were cut off at the end.
     """
-    given: dict[str, Any] = {
-        name: default if getattr(options, name) is None else getattr(options, name)
-        for name, default in DEFAULTS.items()
-    }
-    body, device = parse_bytes(given["max_body"]), device_of(options)
+    if options.key is not None and not options.key.isascii():
+        raise UsageError("the API key is not ASCII, and HTTP headers are", remedy="choose another")
+    body = parse_bytes(_given(options, "max_body"))
     listener = listen(options.host, options.port)  # before the model, which may take minutes
-    subject = open_subject(
-        model, dtype=options.dtype, device=device, cache_format=options.cache_format
-    )
-    if options.chat_template is not None:
-        use_chat_template(subject.tokenizer, options.chat_template)
-    engine = Engine(
-        subject.model,
-        subject.tokenizer,
-        max_batch_size=given["max_batch_size"],
-        cache_bytes=pool_bytes(options.cache_memory, device),
-        max_tokens_per_request=options.max_tokens,
-        max_waiting=given["max_waiting"],
-    )
-    name, stats = options.called(model), engine.stats()
-    plan = CachePlan(
-        model=name,
-        weight_bytes=sum(tensor.nbytes for tensor in subject.model.parameters()),
-        pages=stats.pages_total,
-        cache_bytes=stats.cache_nbytes,
-        request_tokens=min(engine.max_tokens, stats.pages_total * BLOCK_SIZE),
-        max_batch_size=given["max_batch_size"],
-    )
+    engine, plan = _start(model, options)
     limits = Limits(tokens=plan.request_tokens, waiting=engine.max_waiting, body=body)
     server = Server(
-        Service(engine, subject.tokenizer, name, limits),
+        Service(engine, engine.tokenizer, plan.model, limits),
         listener,
         api_key=options.key,
         cors_origins=tuple(options.cors_origin),
-        drain_seconds=given["drain_timeout"],
+        drain_seconds=_given(options, "drain_timeout"),
     )
-    _say(listener, options.key, plan)
+    announce(listener, options.key, plan)
     engine.start()
     try:
         asyncio.run(server.serve())
@@ -84,8 +61,42 @@ def run(model: str | Path, options: ServeOptions) -> None:
     LOG.info("stopped; every accepted request was answered")
 
 
-def _say(listener: socket.socket, api_key: str | None, plan: CachePlan) -> None:
-    """Where the server is, what it holds, and who may come in."""
+def _start(model: str | Path, options: ServeOptions) -> tuple[Engine, CachePlan]:
+    """The engine with its model, and what its pool holds."""
+    device = device_of(options)
+    subject = open_subject(
+        model, dtype=options.dtype, device=device, cache_format=options.cache_format
+    )
+    if options.chat_template is not None:
+        use_chat_template(subject.tokenizer, options.chat_template)
+    batch = _given(options, "max_batch_size")
+    engine = Engine(
+        subject.model,
+        subject.tokenizer,
+        max_batch_size=batch,
+        cache_bytes=pool_bytes(options.cache_memory, device),
+        max_tokens_per_request=options.max_tokens,
+        max_waiting=_given(options, "max_waiting"),
+    )
+    stats = engine.stats()
+    return engine, CachePlan(
+        model=options.called(model),
+        weight_bytes=sum(tensor.nbytes for tensor in subject.model.parameters()),
+        pages=stats.pages_total,
+        cache_bytes=stats.cache_nbytes,
+        request_tokens=min(engine.max_tokens, stats.pages_total * BLOCK_SIZE),
+        max_batch_size=batch,
+    )
+
+
+def _given(options: ServeOptions, name: str) -> Any:
+    """An option, or our engine's default of it."""
+    value = getattr(options, name)
+    return DEFAULTS[name] if value is None else value
+
+
+def announce(listener: socket.socket, api_key: str | None, plan: CachePlan) -> None:
+    """Says what the server holds, where it is, and, loudly, that anybody may come in."""
     address, port = listener.getsockname()[:2]
     LOG.info("%s", plan)
     shown = f"[{address}]" if ":" in address else address
