@@ -109,6 +109,13 @@ def test_without_mlakit_it_is_the_same_function(text: Path, tmp_path: Path) -> N
     assert found["row"].tolist() == [256, 64]
 
 
+def test_for_transformers_alone_nothing_is_filled_up(text: Path, tmp_path: Path) -> None:
+    folder = converted(tmp_path, text, {"ranks": "even"}, dtype=torch.float16)
+    found = export(folder, tmp_path / "out", to="transformers-code", text=text)
+    assert found.shape.rank + found.shape.rope == found.width
+    assert found.check.result_bytes == found.check.source_bytes
+
+
 def test_mlakit_loads_the_folder_as_well(text: Path, tmp_path: Path) -> None:
     options = {"ranks": "measured"}
     folder = converted(tmp_path, text, options, rough=True, attention_bias=True)

@@ -105,6 +105,12 @@ def test_qwen_has_biases_that_only_our_own_class_holds() -> None:
     assert plan_sizes(QWEN25_7B, Goal(engine="vllm-transformers", cache_ratio=0.6)) == (512, 64)
 
 
+def test_norms_on_keys_run_in_vllm_through_the_plugin() -> None:
+    assert plan_sizes(QWEN3, Goal(engine="vllm-plugin", cache_ratio=0.3)) == (512, 64)
+    with pytest.raises(UnsupportedModelError, match="decoder layers are not those of gemma2"):
+        plan_sizes(GEMMA2, Goal(engine="vllm-plugin", cache_ratio=0.3))
+
+
 def test_a_model_whose_cache_is_smaller_than_any_kernel_s_is_refused() -> None:
     with pytest.raises(UsageError, match="has only 256: nothing would be gained") as caught:
         plan_sizes(QWEN25_HALF_B, Goal(engine="vllm-transformers", cache_ratio=0.5))

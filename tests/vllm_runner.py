@@ -1,8 +1,8 @@
 """Run by a Python that has vLLM: greedy tokens of several models, one after another.
 
 ``python vllm_runner.py JOBS RESULTS`` reads a JSON object of jobs, each with the arguments of
-``vllm.LLM``, the prompts' ids, and how many tokens to write; it writes tokens, their log
-probabilities and how many tokens the cache holds, or the error.
+``vllm.LLM``, the prompts, as texts or as ids, and how many tokens to write; it writes texts,
+tokens, their log probabilities and how many tokens the cache holds, or the error.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.inputs import TokensPrompt
 
+    texts = isinstance(job["prompts"][0], str)
     llm = LLM(
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not texts,
         enforce_eager=True,
         max_num_seqs=4,
         # vLLM 0.32's rotary kernel for CPUs takes a query of several heads for one head
         compilation_config={"custom_ops": ["all", "-rotary_embedding"]},
         **job["llm"],
     )
-    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
+    prompts = (
+        job["prompts"] if texts else [TokensPrompt(prompt_token_ids=p) for p in job["prompts"]]
+    )
     how = SamplingParams(
-        temperature=0, max_tokens=job["count"], ignore_eos=True, detokenize=False, logprobs=1
+        temperature=0, max_tokens=job["count"], ignore_eos=True, detokenize=texts, logprobs=1
     )
     found = [written.outputs[0] for written in llm.generate(prompts, how, use_tqdm=False)]
     tokens = [list(one.token_ids) for one in found]
@@ -40,6 +43,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     cleanup_dist_env_and_memory()
     return {
         "tokens": tokens,
+        "texts": [one.text for one in found],
         "logprobs": logprobs,
         "cache_tokens": (config.num_gpu_blocks or 0) * config.block_size,
     }

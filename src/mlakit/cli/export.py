@@ -13,7 +13,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="transformers, vllm, vllm-transformers, sglang, tensorrt-llm, llama.cpp."
+            help="transformers, transformers-code, vllm, vllm-transformers, sglang, tensorrt-llm,"
+            " llama.cpp."
         ),
     ] = "transformers",
     pad: Annotated[
@@ -39,8 +40,9 @@ def export(
 ) -> None:
     """Write a converted checkpoint as other engines load it.
 
-    That is the layout of DeepSeek-V3 or, for vllm-transformers, mlakit's with a file of modelling
-    code. The result is loaded in transformers and compared before the folder appears.
+    That is the layout of DeepSeek-V3 or, for transformers-code and vllm-transformers, mlakit's with
+    a file of modelling code. The result is loaded in transformers and compared before the folder
+    appears.
     """
     from rich.console import Console
 

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from mlakit.evaluation.quality import TextLike
     from mlakit.reporting.schema import Verification
 
-OWN_CODE = "vllm-transformers"
-"""The target whose folder carries its own code."""
+OWN_CODE = ("transformers-code", "vllm-transformers")
+"""The targets whose folders carry their own code."""
 
 EXPORTS = tuple(name for name in TARGETS if name not in ("mlakit", "vllm-plugin"))
 """What can be exported to; mlakit's own classes load a converted folder as it is."""
@@ -50,7 +50,9 @@ EXPORTS = tuple(name for name in TARGETS if name not in ("mlakit", "vllm-plugin"
 LOADS = {
     "transformers": 'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
     "vllm": "vllm serve FOLDER",
-    OWN_CODE: "vllm serve FOLDER --trust-remote-code",
+    "transformers-code": "model = AutoModelForCausalLM.from_pretrained("
+    '"FOLDER", trust_remote_code=True)',
+    "vllm-transformers": "vllm serve FOLDER --trust-remote-code",
     "sglang": "python -m sglang.launch_server --model-path FOLDER",
     "tensorrt-llm": "trtllm-serve FOLDER",
     "llama.cpp": "python convert_hf_to_gguf.py FOLDER --outtype bf16",
@@ -137,7 +139,7 @@ def export(
 
 
 def _writer(config: dict[str, Any], spec: ModelSpec, to: str, shape: Shape) -> Stock | OwnCode:
-    if to == OWN_CODE:
+    if to in OWN_CODE:
         return OwnCode(config, shape)
     return Stock(config, shape, any(layer.kv_bias or layer.o_bias for layer in spec.layers))
 
@@ -271,7 +273,7 @@ def _checked(
     """The comparison, if it shows the same function."""
     from mlakit.evaluation import check
 
-    result = _with_own_code(folder, device) if to == OWN_CODE else folder
+    result = _with_own_code(folder, device) if to in OWN_CODE else folder
     found = check(checkpoint.source, result, text=text, windows=windows, device=device)
     for what, gap in (("in one pass", found.one_pass), ("through its cache", found.through_cache)):
         if not gap.rms <= found.tolerance:

@@ -55,7 +55,7 @@ class OwnCode:
         """``config.json`` of the result."""
         shape, names = self.shape, class_names(self.family)
         frequencies, factor = layer_frequencies(self.config, shape.rope)
-        return self.config | {
+        found = self.config | {
             "kv_lora_rank": shape.rank,
             "kv_lora_ranks": None,
             "qk_rope_head_dim": shape.rope,
@@ -71,6 +71,9 @@ class OwnCode:
                 "AutoModelForCausalLM": f"{CODE}.{names['MLALlamaForCausalLM']}",
             },
         }
+        if "logits_scaling" in found:  # Granite's; vLLM asks for the inverse, under another name
+            found["logit_scale"] = 1 / found["logits_scaling"]
+        return found
 
     def files(self) -> dict[str, str]:
         """Texts to write beside the weights, by name."""

@@ -175,6 +175,18 @@ TARGETS: dict[str, Target] = {
             note="caches the latent since 5.15; no continuous batching",
         ),
         Target(
+            "transformers-code",
+            "mlakit's code in the folder, in transformers, without mlakit",
+            "ran",
+            q_bias=True,
+            latent_bias=True,
+            o_bias=True,
+            frequencies=True,
+            decoders=OWN_CODE_DECODERS,
+            dtypes=("float32", "bfloat16", "float16"),
+            note="loads with trust_remote_code",
+        ),
+        Target(
             "vllm",
             "its DeepSeek class, NVIDIA GPUs",
             "read",
@@ -186,7 +198,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "vllm-transformers",
-            "mlakit's own classes, through vLLM's Transformers backend, NVIDIA GPUs",
+            "mlakit's code in the folder, in vLLM's Transformers backend, without mlakit",
             "ran",
             widths=VLLM_WIDTHS,
             heads=VLLM_HEADS,

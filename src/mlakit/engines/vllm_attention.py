@@ -157,7 +157,7 @@ class LatentAttention(nn.Module):
     def normed(self, x: Tensor, norm: nn.Module) -> Tensor:
         """``[T, heads * d]`` to ``[T, heads, d]``, head by head."""
         dim = self.layer.head_dim
-        return norm(x.reshape(-1, dim)).view(len(x), -1, dim)
+        return norm(x.reshape(-1, dim)).view(x.shape[0], -1, dim)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin ``[T, 1, R]``."""
