@@ -69,7 +69,6 @@ def summary(found: Comparison) -> dict[str, Any]:
         "prefix_length": found.prefix_length,
         "suffix_length": found.suffix_length,
         "versions": found.environment.versions,
-        "hardware": found.environment.hardware,
     }
 
 
@@ -77,16 +76,18 @@ def main() -> None:
     """Runs, or goes on, and writes the result and the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for finished points")
-    work = parser.parse_args().work
+    parser.add_argument("--methods", help="names between commas; default: as mlakit compare")
+    given = parser.parse_args()
+    names = given.methods.split(",") if given.methods else None
     with (
         resources.as_file(resources.files("mlakit") / "assets" / "demo_model") as model,
         show_progress() as progress,
     ):
-        found = compare(model, work, progress=progress)
+        found = compare(model, given.work, methods=names, progress=progress)
     assert isinstance(found, Comparison)
-    write_comparison(found, work)
+    write_comparison(found, given.work)
     RESULT.write_text(json.dumps(summary(found), indent=1) + "\n", encoding="utf-8")
-    PICTURE.write_bytes((work / PICTURE_NAME).read_bytes())
+    PICTURE.write_bytes((given.work / PICTURE_NAME).read_bytes())
 
 
 if __name__ == "__main__":

@@ -34,21 +34,23 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     flat = codes.flatten().to(torch.uint8)
     if bits == 8:
         return flat.clone()
-    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8))
-    shifts = torch.arange(bits, device=flat.device, dtype=torch.uint8)
-    ones = (flat[:, None] >> shifts & 1).view(-1, 8)
-    weights = 2 ** torch.arange(8, device=flat.device)
-    return (ones * weights).sum(1).to(torch.uint8)
+    eights = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8).long()
+    words = (eights << _places(bits, flat.device)).sum(1)
+    return words.view(torch.uint8).view(-1, 8)[:, :bits].flatten()
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The first ``count`` codes of ``pack_bits``, uint8."""
     if bits == 8:
         return packed[:count]
-    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    ones = (packed[:, None] >> shifts & 1).flatten().view(-1, bits)
-    weights = 2 ** torch.arange(bits, device=packed.device)
-    return (ones * weights).sum(1)[:count].to(torch.uint8)
+    padded = torch.nn.functional.pad(packed.view(-1, bits), (0, 8 - bits))
+    codes = padded.view(torch.int64) >> _places(bits, packed.device) & (2**bits - 1)
+    return codes.flatten()[:count].to(torch.uint8)
+
+
+def _places(bits: int, device: torch.device) -> Tensor:
+    """Where the eight codes of a little-endian word begin."""
+    return torch.arange(8, device=device) * bits
 
 
 @dataclass

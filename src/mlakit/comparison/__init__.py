@@ -12,15 +12,23 @@ from mlakit.comparison.exam import Exam
 from mlakit.comparison.journal import Journal
 from mlakit.comparison.plan import BUDGETS, Plan, Steps, identity, make_plan
 from mlakit.comparison.points import make_point
-from mlakit.data import BUILTIN, SourceLike, named_sources
+from mlakit.data import BUILTIN, Source, SourceLike, named_sources
 from mlakit.errors import MlakitError, UsageError
-from mlakit.evaluation import open_subject
+from mlakit.evaluation import Subject, open_subject
 from mlakit.evaluation.environment import describe_environment
 from mlakit.evaluation.memory import measure_memory, summarise_models
-from mlakit.evaluation.quality import Progress, TextLike, cut_windows, open_texts, window_lengths
+from mlakit.evaluation.quality import (
+    Progress,
+    TextLike,
+    Windows,
+    cut_windows,
+    open_texts,
+    window_lengths,
+)
 from mlakit.families import read_model
 from mlakit.reporting.answers import answers
 from mlakit.reporting.comparison import Comparison, Missing, Point
+from mlakit.reporting.schema import Environment
 
 __all__ = ["Comparison", "Plan", "compare"]
 
@@ -97,27 +105,25 @@ def compare(
         source, None, text=texts, prefix_length=lengths[0], suffix_length=lengths[1], count=windows
     )
     environment = describe_environment(command=command, seed=seed, device=source.model.device)
-    parts = {
-        "model": source.fingerprint,
-        "text": cut.text.sha256,
-        "calibration": [each.content.sha256 for each in calibrating],
-        "windows": list(cut.ids.shape),
-        "prefix": cut.prefix_length,
-        "recall": recall,
-        "seed": seed,
-        "dtype": source.dtype,
-        "device": source.model.device.type,
-        "versions": environment.versions,
-    }
-    journal = Journal(folder, identity(parts))
+    parts = _parts(source, cut, calibrating) | {"recall": recall, "seed": seed}
+    journal = Journal(folder, identity(parts | {"versions": environment.versions}))
     exam = Exam(source, cut, seed=seed, recall=recall)
     bench = Bench(source, spec, path, journal.models, calibrating, seed)
+    found = _Run(exam, bench, journal, progress).measure(plan.steps)
+    journal.close()
+    measured = _comparison(exam, bench, plan, found, environment)
+    return measured.model_copy(update={"answers": answers(measured)})
+
+
+def _comparison(
+    exam: Exam, bench: Bench, plan: Plan, found: Sequence[Point | Missing], environment: Environment
+) -> Comparison:
+    """All that was found, and what it was found on; its answers are still to come."""
+    source, cut = exam.source, exam.windows
     memory = measure_memory(source, None, length=exam.length)
     summary, _ = summarise_models(source, None, memory)
-    run = _Run(exam, bench, journal, progress)
-    found = run.measure(plan.steps)
-    journal.close()
-    measured = Comparison(
+    itemsize = source.model.dtype.itemsize
+    return Comparison(
         source=summary,
         text=cut.text,
         prefix_length=cut.prefix_length,
@@ -125,20 +131,27 @@ def compare(
         windows=len(cut.ids),
         measured_length=exam.length,
         budgets=list(plan.budgets),
-        seed=seed,
+        seed=exam.seed,
         recall=exam.source_recall,
         methods=plan.entries,
         points=[point for point in found if isinstance(point, Point)],
         missing=[point for point in found if isinstance(point, Missing)],
-        sized=sized(
-            spec,
-            source.context,
-            source.model.dtype.itemsize,
-            memory.source.measured_bytes / exam.length,
-        ),
+        sized=sized(bench.spec, source.context, itemsize, own=summary.bytes_per_token),
         environment=environment.model_copy(update={"created": None}),
     )
-    return measured.model_copy(update={"answers": answers(measured)})
+
+
+def _parts(source: Subject, cut: Windows, calibration: Sequence[Source]) -> dict[str, object]:
+    """What every point depends on beside its method and setting."""
+    return {
+        "model": source.fingerprint,
+        "text": cut.text.sha256,
+        "calibration": [each.content.sha256 for each in calibration],
+        "windows": list(cut.ids.shape),
+        "prefix": cut.prefix_length,
+        "dtype": source.dtype,
+        "device": source.model.device.type,
+    }
 
 
 class _Run:
