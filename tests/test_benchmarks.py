@@ -134,3 +134,13 @@ def test_cpu_benchmark_compares_equal_models(tmp_path):
         # bfloat16 rounds differently in the two forms: 2^-8 of logits of up to about 4.
         limit = 1e-4 if row["dtype"] == "float32" else 0.05
         assert row["largest_logit_difference"] < limit
+
+
+@pytest.mark.slow
+def test_engine_benchmark_compares_equal_texts(tmp_path):
+    output, quick = tmp_path / "engine.json", ("--rounds", "1", "--new-tokens", "4")
+    done = run("benchmarks.engine_throughput", *quick, "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["throughput"]
+    assert [row["requests"] for row in rows] == [1, 8, 32]
+    assert all(row["engine_tokens_per_second"] > 0 for row in rows)
