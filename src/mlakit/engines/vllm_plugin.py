@@ -12,7 +12,7 @@ import logging
 from typing import Any
 
 from mlakit.engines.shapes import Shape, own_shape, sizes_in_words, smallest_shape
-from mlakit.engines.targets import TARGETS, VLLM_CPU_WIDTHS
+from mlakit.engines.targets import PLUGIN_DECODERS, TARGETS, VLLM_CPU_WIDTHS
 from mlakit.errors import UnsupportedModelError
 from mlakit.families import read_model
 from mlakit.spec import ModelSpec
@@ -40,19 +40,26 @@ def register() -> None:
         """What vLLM wants to know of a converted model before it is built."""
 
         def convert(self, *args: Any, **kwargs: Any) -> Any:
-            fit(self.hf_text_config)
+            if not self.runs_own_code():
+                fit(self.hf_text_config)
             return super().convert(*args, **kwargs)
 
+        def runs_own_code(self) -> bool:
+            """Whether the folder brings code for a family that the class here has not."""
+            family = self.hf_text_config.model_type.removeprefix("mla_")
+            return family not in PLUGIN_DECODERS and hasattr(self.hf_config, "auto_map")
+
         def is_deepseek_mla(self) -> bool:
-            return True
+            return not self.runs_own_code()
 
         def get_head_size(self) -> int:
             return int(self.hf_text_config.head_dim)
 
-    for config in CONFIGS.values():
+    for family, config in CONFIGS.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = LatentArchConfig
-        ModelRegistry.register_model(config.__name__.replace("Config", "ForCausalLM"), MODEL)
+        if family in PLUGIN_DECODERS:
+            ModelRegistry.register_model(config.__name__.replace("Config", "ForCausalLM"), MODEL)
 
 
 def fit(config: Any) -> None:
