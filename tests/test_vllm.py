@@ -186,7 +186,7 @@ def run(
             environment["VLLM_PLUGINS"] = plugins
         command = [python, str(RUNNER), str(place / "jobs.json"), str(place / "results.json")]
         done = subprocess.run(
-            command, env=environment, cwd=place, capture_output=True, text=True, timeout=600
+            command, env=environment, cwd=place, capture_output=True, text=True, timeout=1500
         )
         assert (place / "results.json").exists(), done.stderr[-4000:]
         (place / "log.txt").write_text(done.stdout + done.stderr)
