@@ -12,7 +12,14 @@ from torch import Tensor
 from mlakit.baselines import METHODS, Bench, Variant
 from mlakit.baselines import heads as heads_room
 from mlakit.baselines.layers import merge_pairs, slerp
-from mlakit.baselines.levels import bell_levels, fit_levels, nearest, random_rotation, turbo
+from mlakit.baselines.levels import (
+    bell_levels,
+    centre_and_width,
+    fit_levels,
+    nearest,
+    random_rotation,
+    turbo,
+)
 from mlakit.baselines.linear import FeatureMap, imitation, mixed_attention, teach
 from mlakit.baselines.low_rank import value_pair
 from mlakit.baselines.prefix import Rotation, read_prefix
@@ -176,6 +183,14 @@ def test_kvquant_keeps_outliers_and_the_first_token(bench: Bench, ids: Tensor) -
     rebuilt = (wanted * packed.width.float() + packed.centre.float()).flatten()
     others = [i for i in range(flat.numel()) if i not in set(packed.places.tolist())]
     torch.testing.assert_close(values[:, :, 1:].flatten()[others], rebuilt[others])
+
+
+def test_quantiles_are_torchs() -> None:
+    x = torch.randn(3, 41, generator=torch.Generator().manual_seed(0))
+    centre, width = centre_and_width(x, 0.1)
+    low, high = x.quantile(0.05, -1, keepdim=True), x.quantile(0.95, -1, keepdim=True)
+    torch.testing.assert_close(centre, ((low + high) / 2).half())
+    torch.testing.assert_close(width, ((high - low) / 2).half())
 
 
 def test_rotation_there_and_back(bench: Bench, ids: Tensor) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from mlakit.baselines import METHODS
+from mlakit.baselines.states import ARCHITECTURES
 from mlakit.cli import app
-from mlakit.comparison import Plan, compare
+from mlakit.comparison import Plan, compare, latent
 from mlakit.errors import UsageError
 from mlakit.evaluation import open_subject
 from mlakit.evaluation.quality import cut_windows
 from mlakit.reporting.answers import best_at, smallest, tied, within_one_percent
-from mlakit.reporting.comparison import Comparison, MethodEntry, Point
+from mlakit.reporting.comparison import FAMILY_WORDS, Comparison, MethodEntry, Point
 from mlakit.reporting.comparison_page import render_comparison
 from mlakit.reporting.pareto import pareto_front
 from mlakit.reporting.schema import Environment, Estimate, ModelSummary, Text
@@ -209,3 +211,13 @@ def test_missing_points_say_why(tiny: Path, text: Path, tmp_path: Path) -> None:
     found = run(tiny, text, tmp_path / "out", methods=["mla-published"], budgets=(0.01,))
     assert [missing.method for missing in found.missing] == ["mla-published"]
     assert "not measured" in render_comparison(found)
+
+
+def test_the_page_lists_every_method_as_the_code_does() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "compare.md").read_text("utf-8")
+    for method in (*latent.METHODS, *METHODS):
+        words = FAMILY_WORDS[method.family]
+        row = f"| `{method.name}` | {method.title} | {words} | {method.source} | {method.differs} |"
+        assert row in page, method.name
+    for each in ARCHITECTURES:
+        assert each.note in page and f"| {each.title} |" in page

@@ -118,14 +118,17 @@ def _front(axes: Axes, found: Comparison) -> None:
         [max(p.kl_mean.value, FLOOR) for p in front],
         color=GRID, linewidth=6, solid_capstyle="round", zorder=0,
     )  # fmt: skip
+    least = min(p.bytes_per_token for p in front) if front else 1.0
+    middle = (least * found.original.bytes_per_token) ** 0.5
     for point in front:
+        left = point.bytes_per_token < middle**0.5 * least**0.5  # no room before the axis
         axes.annotate(
             found.title(point),
             (point.bytes_per_token, max(point.kl_mean.value, FLOOR)),
-            (-7, 5),
+            (7, -10) if left else (-7, 5),
             textcoords="offset points",
             fontsize=7.5,
-            ha="right",
+            ha="left" if left else "right",
             color=_style(found, point.method)[0],
         )
 

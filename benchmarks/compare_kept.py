@@ -1,9 +1,7 @@
-"""Every way to shrink the demo model's cache, for docs/compare.md.
+"""Keeps the numbers of a finished ``mlakit compare`` for docs/compare.md.
 
-    python -m benchmarks.compare_demo --work DIR   # results/compare.json and docs/compare.png
-
-The same as ``mlakit compare`` on the model that ships with the package, with its defaults. A run
-that was cut off goes on when it is started again with the same folder.
+mlakit compare MODEL -o DIR ...
+python -m benchmarks.compare_kept DIR NAME    # results/compare.json and docs/compare_NAME.png
 """
 
 from __future__ import annotations
@@ -11,19 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mlakit.cli.progress import show_progress
-from mlakit.comparison import Comparison, compare
 from mlakit.reporting.answers import in_words, mean_recall
-from mlakit.reporting.comparison import Point
-from mlakit.reporting.comparison_page import PICTURE_NAME, write_comparison
+from mlakit.reporting.comparison import Comparison, Point
+from mlakit.reporting.comparison_page import JSON_NAME
+from mlakit.reporting.pareto import pareto
+from mlakit.reporting.style import as_png
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "compare.json"
-PICTURE = ROOT / "docs" / "compare.png"
 
 
 def key(label: str) -> str:
@@ -63,31 +59,26 @@ def summary(found: Comparison) -> dict[str, Any]:
             }
             for answer in found.answers
         ],
-        "missing": [missing.model_dump() for missing in found.missing],
         "sized": {key(each.title): each.model_dump() for each in found.sized},
         "windows": found.windows,
         "prefix_length": found.prefix_length,
         "suffix_length": found.suffix_length,
+        "seed": found.seed,
         "versions": found.environment.versions,
     }
 
 
 def main() -> None:
-    """Runs, or goes on, and writes the result and the picture."""
+    """Adds one comparison to the result, and writes its picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for finished points")
-    parser.add_argument("--methods", help="names between commas; default: as mlakit compare")
+    parser.add_argument("folder", type=Path, help="what mlakit compare wrote")
+    parser.add_argument("name", help="of the model, in the result and the picture")
     given = parser.parse_args()
-    names = given.methods.split(",") if given.methods else None
-    with (
-        resources.as_file(resources.files("mlakit") / "assets" / "demo_model") as model,
-        show_progress() as progress,
-    ):
-        found = compare(model, given.work, methods=names, progress=progress)
-    assert isinstance(found, Comparison)
-    write_comparison(found, given.work)
-    RESULT.write_text(json.dumps(summary(found), indent=1) + "\n", encoding="utf-8")
-    PICTURE.write_bytes((given.work / PICTURE_NAME).read_bytes())
+    found = Comparison.model_validate_json((given.folder / JSON_NAME).read_bytes())
+    kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    kept[given.name] = summary(found)
+    RESULT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    (ROOT / "docs" / f"compare_{given.name}.png").write_bytes(as_png(pareto(found)))
 
 
 if __name__ == "__main__":
