@@ -21,7 +21,14 @@ from mlakit.reporting.answers import best_at, smallest, tied, within_one_percent
 from mlakit.reporting.comparison import FAMILY_WORDS, Comparison, MethodEntry, Point
 from mlakit.reporting.comparison_page import render_comparison
 from mlakit.reporting.pareto import pareto_front
-from mlakit.reporting.schema import Environment, Estimate, ModelSummary, Text
+from mlakit.reporting.schema import (
+    Environment,
+    Estimate,
+    ModelSummary,
+    Recall,
+    RecallCell,
+    Text,
+)
 from tiny_models import TEXT, save_tiny
 
 FAST = ("fp8", "kivi", "window", "snapkv")
@@ -200,6 +207,20 @@ def test_a_trained_winner_names_the_best_without_training() -> None:
     answer = best_at(made(ORIGINAL, healed, plain), 0.5)
     assert answer is not None and answer.best == healed.key and answer.untrained == plain.key
     assert best_at(made(ORIGINAL, healed, plain), 0.25) is None
+
+
+def test_a_winner_that_forgets_is_said_to() -> None:
+    def asked(hits: int) -> Recall:
+        return Recall(cells=[RecallCell(kind="passkey", length=9, depth=0.5, trials=10,
+                                        source_hits=10, result_hits=hits)])  # fmt: skip
+
+    original = point("original", 1.0, [0.0, 0.0, 0.0], recall=asked(10))
+    drops = point("drops", 0.5, [0.1, 0.1, 0.1], recall=asked(2))
+    keeps = point("keeps", 0.5, [0.2, 0.2, 0.2], recall=asked(9))
+    answer = best_at(made(original, drops, keeps), 0.5)
+    assert answer is not None and answer.best == drops.key
+    assert "It forgets: most questions are answered by keeps" in answer.text
+    assert not within_one_percent(made(original, drops, keeps), keeps)
 
 
 def test_the_front_is_what_nothing_beats() -> None:

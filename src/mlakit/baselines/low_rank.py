@@ -138,8 +138,8 @@ METHODS = (
         "low rank, RoPE kept",
         "dimensions",
         "Palu, arXiv 2407.21118",
-        "One latent for all heads of a layer and the same rank in every layer, from the principal "
-        "components of calibrated keys and values; no search of ranks, no quantisation on top.",
+        "The prefix is read exactly and projected afterwards, where the original computes with its "
+        "factors from the first token; one rank for all layers, from calibrated keys and values.",
         by_share,
         _palu,
     ),

@@ -73,7 +73,12 @@ def best_at(found: Comparison, budget: float) -> Answer | None:
         free = [p for p in able if not p.trained]
         untrained = min(free, key=lambda p: p.kl_mean.value) if free else None
     title = f"Best quality at {percent(100 * budget)} of your own cache"
-    return _answer(found, title, best, ties, untrained)
+    answer = _answer(found, title, best, ties, untrained)
+    finder = max(able, key=lambda p: mean_recall(p) or 0.0)
+    if (mean_recall(finder) or 0.0) <= (mean_recall(best) or 0.0) + CLOSE:
+        return answer
+    more = f". It forgets: most questions are answered by {found.title(finder)}"
+    return answer.model_copy(update={"text": f"{answer.text}{more}: {in_words(found, finder)}"})
 
 
 def answers(found: Comparison) -> list[Answer]:
