@@ -49,7 +49,7 @@ MODELS = ("stories260k", "llama2xs280k")
 NEW_TEXT = ("wikitext-103/train_first2.9MB.txt", "wikitext-103/valid.txt")
 OWN_TEXT = ("tinystories/train.txt", "tinystories/valid.txt")
 """Below shared/data: to train on, to measure on."""
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
 TUNED_WITH = 100
 NEXT_TOKEN = {"ce_weight": 1.0, "kl_weight": 0.0}
