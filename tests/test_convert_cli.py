@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from mlakit.checkpoint import open_checkpoint
 from mlakit.cli import app
 from mlakit.conversion.apply import convert
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
@@ -46,6 +47,27 @@ def test_convert_prints_what_was_measured_and_what_comes_next(tiny: Path) -> Non
     published = [*arguments[:3], str(tiny.parent / "other"), *arguments[4:], "--method", "transmla"]
     result = CliRunner().invoke(app, published)
     assert "held-out perplexity" in result.output and "energy kept" in result.output
+
+
+def test_every_stored_dtype_is_the_planned_one(tiny: Path) -> None:
+    """Queries that stay the source's own are copies, in the source's bytes."""
+    out = tiny.parent / "wide"
+    arguments = ["convert", str(tiny), "-o", str(out), "--cache-ratio", "0.75", "--json"]
+    arguments += ["--calib", str(tiny.parent / "text.txt"), "--calib-tokens", "1024"]
+    result = CliRunner().invoke(app, [*arguments, "--refine-steps", "0"])
+    planned = {t["name"]: t["dtype"] for t in json.loads(result.stdout)["tensors"]}
+    written = open_checkpoint(out)
+    stored = {name: written.dtype(name) for name in written.names}
+    assert stored == planned
+    assert any(name.endswith("q_up_proj.weight") for name in stored)
+
+
+def test_windows_are_as_long_as_asked_for(tiny: Path) -> None:
+    common = ["convert", str(tiny), "--dry-run", "--cache-ratio", "0.5", "--calib",
+              str(tiny.parent / "text.txt")]  # fmt: skip
+    for window, said in (("8", "windows of 8 tokens"), ("64", "windows of 64 tokens")):
+        result = CliRunner().invoke(app, [*common, "--calib-window", window])
+        assert said in result.output and ("losses grow" in result.output) == (window == "8")
 
 
 def test_the_source_folder_is_never_written_to(tiny: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlakit.cli.progress import show_progress
+from mlakit.conversion.amounts import WINDOW
 from mlakit.conversion.goal import PARTS
 from mlakit.engines.targets import TARGETS
 from mlakit.errors import UsageError
@@ -90,6 +91,14 @@ def convert(
     calib_tokens: Annotated[
         int, typer.Option(min=2, help="How many tokens of it all, at most.")
     ] = 32768,
+    calib_window: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            help="Tokens of it read together, at most: the distance that losses are kept small at;"
+            " memory and time of attention grow with its square.",
+        ),
+    ] = WINDOW,
     check: Annotated[
         list[str] | None,
         typer.Option(help="Text to measure the result on as well, as --calib; repeatable."),
@@ -128,6 +137,7 @@ def convert(
         "freqfold": _number_or_auto("--freqfold", freqfold),
         "calibration": calib or None,
         "calibration_tokens": calib_tokens,
+        "calibration_window": calib_window,
         "check": check or None,
         "seed": seed,
         "dtype": dtype,

@@ -46,6 +46,13 @@ def cautions(plan: ConversionPlan, model: ModelSpec, device: str) -> tuple[str, 
             )
         if rank % 16 and not plan.open:
             found.append(f"rank {rank} is no multiple of 16; multiples of 16 decode fastest")
+        window = plan.calibration.window if plan.calibration else 0
+        if window * 2 <= model.max_position_embeddings:
+            found.append(
+                f"calibrated on windows of {window} tokens; the context is"
+                f" {model.max_position_embeddings:,}, and losses grow with distance beyond them:"
+                " a longer --calib-window, with more text, keeps them small"
+            )
         if full <= 512 and source.kv_lora_rank is None:
             found.append(
                 f"the source caches only {full} numbers per token and layer: a small model has"

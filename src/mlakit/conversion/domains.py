@@ -68,6 +68,7 @@ def plan_texts(
     checks: Sequence[Source],
     tokens: int,
     seed: int,
+    window: int = WINDOW,
 ) -> Calibration:
     """Every text's share of the tokens.
 
@@ -77,12 +78,15 @@ def plan_texts(
         checks: texts to measure on.
         tokens: to calibrate with, at most.
         seed: of all choices.
+        window: tokens that are read together, at most; how far back statistics look.
 
     Raises:
-        UsageError: there are too few tokens for windows.
+        UsageError: there are too few tokens for windows, or windows are too short.
         MlakitError: a text cannot be read.
     """
-    window = min(WINDOW, model.max_position_embeddings, tokens // (2 * len(sources)))
+    if window < 2:
+        raise UsageError(f"--calib-window {window} is below 2", remedy=f"the default is {WINDOW}")
+    window = min(window, model.max_position_embeddings, tokens // (2 * len(sources)))
     if window < 2:
         raise UsageError(
             f"--calib-tokens {tokens} is too few", remedy="give thousands; default 32768"

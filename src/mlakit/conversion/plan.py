@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
 from mlakit.checkpoint.reading import PLAN_NAME
+from mlakit.conversion.amounts import WINDOW
 from mlakit.conversion.budget import engine_choice, narrowed, target_layer
 from mlakit.conversion.cautions import cautions
 from mlakit.conversion.cost import Estimate, forecast_cost
@@ -176,6 +177,7 @@ def make_plan(
     *,
     calibration: SourceLike | Sequence[SourceLike] | None = None,
     calibration_tokens: int = 32768,
+    calibration_window: int = WINDOW,
     check: SourceLike | Sequence[SourceLike] | None = None,
     seed: int = 0,
     dtype: str | None = None,
@@ -210,7 +212,7 @@ def make_plan(
         sources = named_sources(BUILTIN if calibration is None else calibration)
         checks = named_sources(check or ())
         named_sources([*sources, *checks])  # no name twice
-        texts = plan_texts(model, sources, checks, calibration_tokens, seed)
+        texts = plan_texts(model, sources, checks, calibration_tokens, seed, calibration_window)
     tensors = _tensors(checkpoint, model, layers, goal, dtype)
     source, stored = model.layers[0], _itemsize(checkpoint, model, dtype)
     plan = ConversionPlan(

@@ -344,7 +344,8 @@ class Run:
         for tensor in self.plan.tensors:
             if tensor.shard != shard:
                 continue
-            value = new.get(tensor.name)
+            # What is planned as a copy keeps the source's bytes, whatever the algebra held it in.
+            value = None if tensor.copied else new.get(tensor.name)
             if value is None:
                 value = self.checkpoint.read(tensor.name)
             if not tensor.copied:
