@@ -31,7 +31,28 @@ def summary(models: dict[str, Any]) -> dict[str, Any]:
     for model, parts in models.items():
         arms = sorted({run["arm"] for run in parts["runs"].values()})
         found[model] = {arm: of_arm(seeds_of(parts["runs"], arm)) for arm in arms}
+        runs = parts["heal"].items()
+        found[model]["healing"] = {in_words(name): healed(run) for name, run in runs}
     return found
+
+
+def in_words(name: str) -> str:
+    """A conversion's name with its ratio in thousandths: pages look numbers up by names with dots
+    between them."""
+    ratio, method = name.split(", ", 1)
+    return f"{1000 * float(ratio):.0f} {method}"
+
+
+def healed(run: dict[str, Any]) -> dict[str, Any]:
+    """Loss before and after, and tokens until the perplexity is near the original's."""
+    return {
+        "original": run["original_nll"],
+        "before": run["nll"][0],
+        "after": run["nll"][-1],
+        "tokens": run["tokens"][-1],
+        "to_one_percent": run["tokens_to_percent"]["1"],
+        "to_a_tenth": run["tokens_to_percent"]["0.1"],
+    }
 
 
 def seeds_of(runs: dict[str, Any], arm: str) -> list[dict[str, Any]]:
@@ -76,7 +97,8 @@ def write_picture(record: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False)
+            columns = 2 if axes.get_yscale() == "log" else 1
+            axes.legend(fontsize=7, frameon=False, loc="upper right", ncols=columns)
     for axes in grid[-1]:
         axes.set_xlabel("thousand tokens trained")
     figure.savefig(path, dpi=130)
@@ -84,7 +106,8 @@ def write_picture(record: dict[str, Any], path: Path) -> None:
 
 
 def draw_arms(axes: Any, runs: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Mean over seeds, and a band from the lowest to the highest."""
+    """Mean over seeds, and a band from the lowest to the highest; the first drop is cut off."""
+    highest = 0.0
     for name in names:
         found = seeds_of(runs, name)
         if not found:
@@ -92,11 +115,14 @@ def draw_arms(axes: Any, runs: dict[str, Any], names: tuple[str, ...]) -> None:
         tokens = [count / 1000 for count in found[0]["tokens"]]
         losses = list(zip(*(run["nll"] for run in found), strict=True))
         mean = [statistics.mean(part) for part in losses]
+        highest = max(highest, *losses[1])
         colour = COLOURS[name]
         label = f"{name} ({found[0]['trained']:,} weights)"
         axes.plot(tokens, mean, color=colour, linewidth=1.5, label=label)
         axes.fill_between(tokens, *map(list, zip(*((min(p), max(p)) for p in losses))),
                           color=colour, alpha=0.18, linewidth=0)  # fmt: skip
+    if highest:
+        axes.set_ylim(top=1.05 * highest)
 
 
 def draw_healing(axes: Any, runs: dict[str, Any]) -> None:
