@@ -35,7 +35,7 @@ def cost(change: torch.Tensor, moment: torch.Tensor, read: torch.Tensor) -> floa
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 24), st.integers(0, 9), st.floats(0.4, 1.0), st.floats(0.4, 1.0))
 def test_no_other_basis_costs_less(size: int, seed: int, first: float, second: float) -> None:
-    """The bound is |S^1/2 W^1/2|_*^2: 1e-6 is what the floor under eigenvalues may add."""
+    """The bound is |S^1/2 W^1/2|_*^2; the floor under eigenvalues, 1e-9, adds up to its root."""
     moment, read = spectrum(size, seed, first), spectrum(size, seed + 1, second)
     change, back = even_basis(moment, read)
     eye = torch.eye(size, dtype=torch.float64)
@@ -86,7 +86,7 @@ def test_moment_of_inputs_that_are_as_wide_as_their_norm() -> None:
     latent = (x @ attention.kv_a_proj_with_mqa.weight[:12].T).detach()
     found = latent_moment(attention, norm)
     torch.testing.assert_close(
-        found, latent.T @ latent / len(x), atol=0.01 * float(found.max()), rtol=0
+        found, latent.T @ latent / len(x), atol=0.01 * found.max().item(), rtol=0
     )
 
 

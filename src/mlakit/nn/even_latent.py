@@ -75,10 +75,9 @@ def even_basis(moment: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``T`` and ``T^-1``, with ``tr(T S T^T) = tr(S)``; the same for the same arguments.
     """
-    size = len(moment)
-    moment, read = _lifted(moment), _lifted(read)
-    root, inverse = _power(moment, 0.5), _power(moment, -0.5)
-    middle = inverse @ _power(root @ read @ root, 0.5) @ inverse
+    size, lifted = len(moment), _lifted(moment)
+    root, inverse = _power(lifted, 0.5), _power(lifted, -0.5)
+    middle = inverse @ _power(root @ _lifted(read) @ root, 0.5) @ inverse
     draw = torch.Generator().manual_seed(size)
     normal = torch.randn(size, size, generator=draw, dtype=torch.float64)
     rotation = torch.linalg.qr(normal).Q.to(moment.device)
