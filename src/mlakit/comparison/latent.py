@@ -126,4 +126,13 @@ METHODS = (
         {"refine_steps": 0},
         "int4",
     ),
+    _method(
+        "mla-bits",
+        "MLA, rank and bits",
+        OURS,
+        "Rank, rotary width and bits of the latents chosen together for these bytes, by prediction;"
+        " not refined, not healed.",
+        by_share,
+        {"refine_steps": 0, "cache_bits": "auto"},
+    ),
 )
