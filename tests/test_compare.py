@@ -14,6 +14,7 @@ from mlakit.baselines import METHODS
 from mlakit.baselines.states import ARCHITECTURES
 from mlakit.cli import app
 from mlakit.comparison import Plan, compare, latent
+from mlakit.comparison.journal import code
 from mlakit.errors import UsageError
 from mlakit.evaluation import open_subject
 from mlakit.evaluation.quality import cut_windows
@@ -83,6 +84,19 @@ def test_an_interrupted_run_goes_on(
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
+def test_points_of_other_code_are_measured_again(tiny: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = run(tiny, text, out, methods=["fp8"])
+    path = next((out / "points").glob("fp8*"))
+    kept = json.loads(path.read_text())
+    assert kept["code"] == code()
+    kept["point"]["kl_p999"] = 7.0
+    path.write_text(json.dumps(kept))
+    assert run(tiny, text, out, methods=["fp8"]).points[1].kl_p999 == 7  # taken as it is
+    path.write_text(json.dumps(kept | {"code": "older"}))
+    assert run(tiny, text, out, methods=["fp8"]) == found
+
+
 def test_another_run_in_the_same_folder_is_refused(tiny: Path, text: Path, tmp_path: Path) -> None:
     run(tiny, text, tmp_path / "out", methods=["fp8"])
     with pytest.raises(UsageError, match="another comparison"):
@@ -105,9 +119,12 @@ def test_what_makes_no_sense_is_refused(tiny: Path, text: Path, tmp_path: Path) 
 
 
 def test_latent_rows_keep_their_bytes(tiny: Path, text: Path, tmp_path: Path) -> None:
-    found = run(tiny, text, tmp_path / "out", methods=["mla-equal", "mla"], calibration=text,
+    methods = ["mla-equal", "mla", "mla-exact-prefix", "mla-evict"]
+    found = run(tiny, text, tmp_path / "out", methods=methods, calibration=text,
                 prefix_length=48, suffix_length=12)  # fmt: skip
-    equal, half = found.points[1:]
+    equal, half, exact, thin = found.points[1:]
+    assert exact.percent_of_own == half.percent_of_own == thin.percent_of_own  # one page each
+    assert exact.kl_mean.value != half.kl_mean.value != thin.kl_mean.value
     # Pages of 64 tokens, and 48 of them are used: the overhead is counted.
     assert equal.percent_of_own == pytest.approx(100 * 64 / 48)
     assert half.percent_of_own <= 50 * 64 / 48

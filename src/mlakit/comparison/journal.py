@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
-from mlakit.checkpoint import write_json_atomic, write_text_atomic
+from mlakit.checkpoint import write_json_atomic
 from mlakit.errors import MlakitError, UsageError
 from mlakit.reporting.comparison import Missing, Point
 
 RUN_NAME, POINTS, MODELS = "run.json", "points", "models"
+ROOMS = ("baselines", "comparison", "conversion", "data", "evaluation", "nn", "ops")
+"""What a point's numbers depend on."""
+
+
+@cache
+def code() -> str:
+    """Names the state of the code that a point was measured with."""
+    root = Path(__file__).resolve().parents[1]
+    files = sorted(path for room in ROOMS for path in (root / room).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 class Journal:
@@ -45,19 +57,21 @@ class Journal:
 
     @property
     def models(self) -> Path:
-        """Where methods write checkpoints."""
-        return self.folder / MODELS
+        """Where methods write checkpoints; those of other code are not taken up."""
+        return self.folder / MODELS / code()
 
     def find(self, method: str, setting: str) -> Point | Missing | None:
-        """A point that an earlier run finished, or why there is none."""
+        """A point that this code finished, or why there is none; older code's is not taken."""
         path = self._path(method, setting)
         if not path.is_file():
             return None
-        text = path.read_text(encoding="utf-8")
         try:
-            kind = Missing if "reason" in json.loads(text) else Point
-            return kind.model_validate_json(text)
-        except ValueError as error:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["code"] != code():
+                return None
+            kind = Missing if "reason" in kept["point"] else Point
+            return kind.model_validate(kept["point"])
+        except (ValueError, KeyError, TypeError) as error:
             raise MlakitError(
                 f"{path} cannot be read: {error}", remedy="delete it; it is measured again"
             ) from error
@@ -65,11 +79,11 @@ class Journal:
     def keep(self, point: Point | Missing) -> None:
         """Writes a finished point, whole or not at all."""
         path = self._path(point.method, point.setting)
-        write_text_atomic(path, point.model_dump_json(indent=1))
+        write_json_atomic(path, {"code": code(), "point": point.model_dump(mode="json")})
 
     def close(self) -> None:
         """Deletes the checkpoints that were only needed on the way."""
-        shutil.rmtree(self.models, ignore_errors=True)
+        shutil.rmtree(self.folder / MODELS, ignore_errors=True)
 
     def _path(self, method: str, setting: str) -> Path:
         name = re.sub(r"[^\w.]+", "-", f"{method} {setting}").strip("-")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from mlakit.baselines import Bench, Method, Setting, Variant
 from mlakit.baselines.method import Settings, by_share
+from mlakit.baselines.tokens import RULES
+from mlakit.comparison.latent_prefix import evict_latents, latents_of_source
 from mlakit.conversion.apply import convert
 from mlakit.conversion.goal import AUTO_STEPS
 from mlakit.conversion.rotary_sizes import rope_choices
@@ -17,6 +20,10 @@ from mlakit.spec import CacheKind, ModelSpec
 
 PAPER = "TransMLA, arXiv 2502.07864"
 OURS = "mlakit convert (docs/conversion.md)"
+EVICTION = (
+    "One score for all heads, as they share the latent: attention of all queries, half of what is "
+    "kept is the newest; the prefix is thinned once"
+)
 
 
 def _equal(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
@@ -26,6 +33,14 @@ def _equal(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
 def _ranks(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
     """The same conversions as by share; what they cache is smaller still."""
     return [Setting(f"rank of {item.label}", item.value) for item in by_share(spec, budgets)]
+
+
+def _halved(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
+    """The same conversions, and half of the tokens."""
+    return [
+        Setting(f"rank of {item.label}, half the tokens", item.value)
+        for item in by_share(spec, budgets)
+    ]
 
 
 def _published(spec: ModelSpec, share: float) -> dict[str, Any]:
@@ -66,6 +81,28 @@ def _build(
     loaded = load(folder, dtype=model.dtype, device=model.device, cache_format=cache_format)
     read = plan.calibration.tokens if plan.calibration else 0
     return Variant(loaded, calibration_tokens=read, trained_tokens=read if plan.goal.steps else 0)
+
+
+def _evicting(cache_format: CacheKind | None, bench: Bench, share: float) -> Variant:
+    """A conversion at a share of the cache that keeps half of the tokens."""
+    variant = _build({"refine_steps": 0}, cache_format, bench, share)
+    return _with_tokens(variant, 0.5)
+
+
+def _equal_evicting(bench: Bench, share: float) -> Variant:
+    """The equal cache with a share of its tokens."""
+    return _with_tokens(_build({}, None, bench, 1.0), share)
+
+
+def _with_tokens(variant: Variant, share: float) -> Variant:
+    compress = partial(evict_latents, RULES["h2o"], share)
+    return replace(variant, compress=compress, needs_queries=True)
+
+
+def _on_exact(bench: Bench, share: float) -> Variant:
+    """A conversion that reads latents made from the source's own hidden states."""
+    variant = _build({"refine_steps": 0}, None, bench, share)
+    return replace(variant, compress=partial(latents_of_source, bench.source.model))
 
 
 def _method(
@@ -134,5 +171,43 @@ METHODS = (
         " not refined, not healed.",
         by_share,
         {"refine_steps": 0, "cache_bits": "auto"},
+    ),
+    Method(
+        "mla-exact-prefix",
+        "MLA, closed form, exact prefix",
+        "latent",
+        OURS,
+        "Latents of the prefix are made from the source's own hidden states, as rows that change "
+        "the cache alone have it; a served conversion reads its own. What follows is computed with "
+        "latents.",
+        by_share,
+        _on_exact,
+    ),
+    Method(
+        "mla-equal-evict",
+        "MLA, equal cache + eviction",
+        "latent",
+        f"{OURS}, H2O",
+        f"{EVICTION}; the conversion itself loses nothing, so this is eviction alone.",
+        by_share,
+        _equal_evicting,
+    ),
+    Method(
+        "mla-evict",
+        "MLA, closed form + eviction",
+        "latent",
+        f"{OURS}, H2O",
+        f"{EVICTION}.",
+        _halved,
+        partial(_evicting, None),
+    ),
+    Method(
+        "mla-int4-evict",
+        "MLA, closed form + int4 + eviction",
+        "latent",
+        f"{OURS}, H2O",
+        f"{EVICTION}, and the latents are in 4 bits.",
+        _halved,
+        partial(_evicting, "int4"),
     ),
 )

@@ -158,11 +158,11 @@ class LatentLanguageModel(PreTrainedModel):
 
     _supports_flash_attn = False
     _supports_flex_attn = False
-    decoder: type[LatentDecoder]
+    decoder_class: type[LatentDecoder]  # not "decoder": get_decoder() would return the class
 
     def __init__(self, config: LatentConfig) -> None:
         PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
-        self.model = self.decoder(config)
+        self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name in ROUTING:
@@ -197,7 +197,7 @@ def _classes(family: str, config: Any) -> tuple[Any, Any]:
     name = f"MLA{prefix}ForCausalLM"
     doc = f"{prefix}ForCausalLM with latent attention."
     return decoder, type(
-        name, (LatentLanguageModel, causal), {**fields, "decoder": decoder, "__doc__": doc}
+        name, (LatentLanguageModel, causal), {**fields, "decoder_class": decoder, "__doc__": doc}
     )
 
 
