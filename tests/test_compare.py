@@ -21,6 +21,7 @@ from mlakit.evaluation.quality import cut_windows
 from mlakit.reporting.answers import best_at, smallest, tied, within_one_percent
 from mlakit.reporting.comparison import FAMILY_WORDS, Comparison, MethodEntry, Point
 from mlakit.reporting.comparison_page import render_comparison
+from mlakit.reporting.comparison_rows import table
 from mlakit.reporting.pareto import pareto_front
 from mlakit.reporting.schema import (
     Environment,
@@ -49,7 +50,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(tiny: Path, text: Path, output: Path, **options: Any) -> Comparison:
     found = compare(
-        tiny, output, **{"methods": FAST, "text": text, "windows": 3, "budgets": (0.5,), **options}
+        tiny,
+        output,
+        **{
+            "methods": FAST,
+            "text": text,
+            "windows": 3,
+            "budgets": (0.5,),
+            "speed": False,
+            **options,
+        },
     )
     assert isinstance(found, Comparison)
     return found
@@ -259,3 +269,19 @@ def test_the_page_lists_every_method_as_the_code_does() -> None:
         assert row in page, method.name
     for each in ARCHITECTURES:
         assert each.note in page and f"| {each.title} |" in page
+
+
+def test_only_the_clock_differs_between_runs(tiny: Path, text: Path, tmp_path: Path) -> None:
+    methods = ["fp8", "top-pages", "wanda"]
+    timed, plain = (
+        run(tiny, text, tmp_path / str(speed), methods=methods, calibration=text, speed=speed)
+        for speed in (True, False)
+    )
+    paces = {p.method: p.pace for p in timed.points}
+    assert paces["original"] and paces["fp8"] and not paces["top-pages"] and not paces["wanda"]
+    assert all(value > 0 for value in paces["fp8"].model_dump().values())
+    bare = [p.model_copy(update={"pace": None}) for p in timed.points]
+    assert timed.model_copy(update={"points": bare}) == plain
+    lines = {line["method"]: line for line in table(timed) if line["method"]}
+    assert lines["fp8"]["tokens/s"].endswith("x)") and lines["page top-k"]["tokens/s"] == "-"
+    assert "tokens/s" not in table(plain)[0]

@@ -100,6 +100,11 @@ class Variant:
     calibration_tokens: int = 0
     trained_tokens: int = 0
 
+    @property
+    def by_account(self) -> bool:
+        """Whether what it saves is counted and not held: a clock would say nothing of it."""
+        return self.weight_bytes is not None or self.read_share != 1
+
 
 Settings = Callable[[ModelSpec, Sequence[float]], list[Setting]]
 """The doses to measure for a model and the shares of its cache asked for."""

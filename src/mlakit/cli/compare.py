@@ -47,6 +47,7 @@ def compare(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text to score.")] = 8,
     recall: Annotated[bool, typer.Option(help="Ask passkey and key-value questions.")] = True,
+    speed: Annotated[bool, typer.Option(help="Time decoding and the first token.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[
@@ -84,6 +85,7 @@ def compare(
                 suffix_length=suffix_length,
                 windows=windows,
                 recall=recall,
+                speed=speed,
                 seed=seed,
                 dtype=dtype,
                 device=device,

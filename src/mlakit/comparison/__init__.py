@@ -8,6 +8,7 @@ from pathlib import Path
 from mlakit.baselines import Bench, Method, Setting, Variant, require_plain
 from mlakit.baselines.states import sized
 from mlakit.checkpoint import open_checkpoint
+from mlakit.comparison.clock import paces
 from mlakit.comparison.exam import Exam
 from mlakit.comparison.journal import Journal
 from mlakit.comparison.plan import BUDGETS, Plan, Steps, identity, make_plan
@@ -45,6 +46,7 @@ def compare(
     suffix_length: int | None = None,
     windows: int = 8,
     recall: bool = True,
+    speed: bool = True,
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
@@ -69,6 +71,7 @@ def compare(
         suffix_length: tokens scored through the cache.
         windows: how many windows of each text are scored.
         recall: also ask passkey and key-value questions.
+        speed: also time decoding and the first token; all else is the same in every run.
         seed: of questions, intervals and everything random in a method.
         dtype: dtype to load in; the checkpoint's own by default.
         device: where it runs.
@@ -105,11 +108,11 @@ def compare(
         source, None, text=texts, prefix_length=lengths[0], suffix_length=lengths[1], count=windows
     )
     environment = describe_environment(command=command, seed=seed, device=source.model.device)
-    parts = _parts(source, cut, calibrating) | {"recall": recall, "seed": seed}
+    parts = _parts(source, cut, calibrating) | {"recall": recall, "seed": seed, "speed": speed}
     journal = Journal(folder, identity(parts | {"versions": environment.versions}))
     exam = Exam(source, cut, seed=seed, recall=recall)
     bench = Bench(source, spec, path, journal.models, calibrating, seed)
-    found = _Run(exam, bench, journal, progress).measure(plan.steps)
+    found = _Run(exam, bench, journal, speed, progress).measure(plan.steps)
     journal.close()
     measured = _comparison(exam, bench, plan, found, environment)
     return measured.model_copy(update={"answers": answers(measured)})
@@ -158,9 +161,15 @@ class _Run:
     """Measures methods; those of a family that leave the weights alone share every prefix."""
 
     def __init__(
-        self, exam: Exam, bench: Bench, journal: Journal, progress: Progress | None
+        self,
+        exam: Exam,
+        bench: Bench,
+        journal: Journal,
+        speed: bool,
+        progress: Progress | None,
     ) -> None:
-        self.exam, self.bench, self.journal, self.progress = exam, bench, journal, progress
+        self.exam, self.bench, self.journal = exam, bench, journal
+        self.speed, self.progress = speed, progress
         self.waiting: list[tuple[Method, Setting, Variant]] = []
 
     def measure(self, steps: Steps) -> list[Point | Missing]:
@@ -198,7 +207,12 @@ class _Run:
             if self.progress:
                 self.progress(names, done, total)
 
-        scores = self.exam.score([variant for *_, variant in self.waiting], tell)
-        for (method, setting, variant), score in zip(self.waiting, scores, strict=True):
-            self.journal.keep(make_point(self.exam, method.name, setting.label, variant, score))
+        variants = [variant for *_, variant in self.waiting]
+        scores = self.exam.score(variants, tell)
+        timed = paces(self.exam, variants) if self.speed else [None] * len(variants)
+        for (method, setting, variant), score, pace in zip(
+            self.waiting, scores, timed, strict=True
+        ):
+            point = make_point(self.exam, method.name, setting.label, variant, score, pace)
+            self.journal.keep(point)
         self.waiting.clear()

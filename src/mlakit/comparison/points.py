@@ -9,11 +9,16 @@ from mlakit.baselines import Variant
 from mlakit.comparison.exam import Exam, Scores, tally
 from mlakit.evaluation.quality import bootstrap
 from mlakit.nn.hf import attention_specs
-from mlakit.reporting.comparison import Missing, Point
+from mlakit.reporting.comparison import Missing, Pace, Point
 
 
 def make_point(
-    exam: Exam, method: str, setting: str, variant: Variant, scores: Scores
+    exam: Exam,
+    method: str,
+    setting: str,
+    variant: Variant,
+    scores: Scores,
+    pace: Pace | None = None,
 ) -> Point | Missing:
     """The point of one setting; none where its numbers are not finite."""
     source_nll, nll, kl, top1 = (scores.column(index) for index in range(4))
@@ -49,4 +54,5 @@ def make_point(
         nll_difference=bootstrap((nll - source_nll).mean(axis=1), seed=exam.seed),
         recall=tally(exam.questions, scores.hits, own.hits),
         recall_seen=seen or None,
+        pace=pace,
     )

@@ -51,6 +51,22 @@ class MethodEntry(Record):
     differs: str
 
 
+class Pace(Record):
+    """Speed on the machine of the run, in this package's code, in turn with the original.
+
+    Attributes:
+        tokens_per_second: decoded one by one after a prefix, batch 1.
+        of_original: the same over the original's.
+        first_token_seconds: to read the prefix and to compress its cache.
+        first_token_of_original: the same over the original's.
+    """
+
+    tokens_per_second: float
+    of_original: float
+    first_token_seconds: float
+    first_token_of_original: float
+
+
 class Point(Record):
     """One setting of one method, measured.
 
@@ -67,6 +83,7 @@ class Point(Record):
         perplexity: of the continuation, through the cache.
         recall: beside the source's, on the same questions.
         recall_seen: the same where the question was read with the text, before compression.
+        pace: None where nobody looked at the clock, or where savings are by account.
     """
 
     method: str
@@ -89,6 +106,7 @@ class Point(Record):
     nll_difference: Estimate
     recall: Recall | None = None
     recall_seen: Recall | None = None
+    pace: Pace | None = None
 
     @property
     def trained(self) -> bool:

@@ -25,7 +25,8 @@ def table(found: Comparison) -> list[dict[str, str]]:
         title = found.method(point).title
         lines.append({"method": title if title != last else "", **_cells(point)})
         last = title
-    for column, usual in {"read, %": "", "weights, %": "100"}.items():
+    unused = {"read, %": "", "weights, %": "100", "tokens/s": "-", "first token": "-"}
+    for column, usual in unused.items():
         if all(line[column] == usual for line in lines):
             for line in lines:
                 del line[column]
@@ -39,6 +40,7 @@ def _cells(point: Point) -> dict[str, str]:
     if point.trained:
         used = f"{point.trained_tokens:,} trained"
     recall = mean_recall(point)
+    pace = point.pace
     reads = point.read_percent != point.percent_of_own
     return {
         "setting": point.setting,
@@ -52,8 +54,16 @@ def _cells(point: Point) -> dict[str, str]:
         "perplexity": estimate(point.perplexity),
         "recall, %": "n/a" if recall is None else number(round(100 * recall, 1)),
         "question seen, %": _share(point.recall_seen),
+        "tokens/s": f"{number(pace.tokens_per_second)} ({_times(pace.of_original)})"
+        if pace
+        else "-",
+        "first token": _times(pace.first_token_of_original) if pace else "-",
         "text used": used,
     }
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
 
 
 def _share(recall: Recall | None) -> str:
@@ -77,6 +87,13 @@ def notes(found: Comparison) -> list[str]:
         ]
         if failing:
             listed.append(f"n/a: the source itself answers fewer than half of {', '.join(failing)}")
+    if any(p.pace for p in found.points):
+        listed.append(
+            "tokens/s are decoded one by one after the prefix, batch 1, and the first token's time "
+            "is that of reading and compressing it, both also as a multiple of the original's in "
+            "turn: of this package's code on this machine, where most rows unpack their cache at "
+            "every step; - where savings are by account"
+        )
     if any(p.simulated for p in found.points):
         listed.append("weight bytes of pruned or rounded weights are by account: they ran unpacked")
     listed += [f"{m.method}, {m.setting}: not measured, {m.reason}" for m in found.missing]
