@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -149,6 +150,9 @@ def heal(
             err=True,
         )
         raise typer.Exit(130) from None
+    except Exception as error:
+        _give_way(error)
+        raise
     if not shows:
         return
     if as_json:
@@ -164,6 +168,22 @@ def heal(
         ):
             typer.echo(f"  {shlex.join(['mlakit', *words])}")
 
+
+def _give_way(error: Exception) -> None:
+    """Of several processes with one fault lets one speak: the launcher ends the others meanwhile.
+
+    The first process says what happened to all, any other one what happened to it alone; what
+    follows from another's end is said where no launcher sees that, as on other machines.
+    """
+    from mlakit.healing.arm import OtherProcessEnded
+
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" or isinstance(error, OtherProcessEnded):
+        time.sleep(GRACE)
+
+
+GRACE = 20.0
+"""Seconds in which a process that has said its word ends and its launcher takes notice."""
 
 NOT_SETTINGS = (
     *("student", "teacher", "output", "recipe", "held_out", "control", "device", "dry_run"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +29,12 @@ from mlakit.healing.watch import BEST_NAME, Told, Watch
 
 MOST_ROLLBACKS = 3
 FIRST_NAME = "first.safetensors"
+LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out")
+"""What gloo says where another process has ended; it has no kind of exception of its own."""
+
+
+class OtherProcessEnded(MlakitError):
+    """This process cannot go on because another one has ended, which said why."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,11 @@ class Arm:
         except Diverged as error:
             return error
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if self.start.processes > 1 and _lost_peer(error):
+                raise OtherProcessEnded(
+                    f"{self.name}: another process of this run has ended",
+                    remedy="its own message says why; checkpoints are kept, the same command goes on",
+                ) from error
             if not _out_of_memory(error):
                 raise
             return MemoryError(str(error).splitlines()[0] if str(error) else "out of memory")
@@ -166,8 +178,10 @@ class Arm:
             return
         micro = self.recipe.micro_batch or 1
         if self.start.processes > 1 or micro == 1:
+            alone = self.start.processes == 1
+            where = "" if alone else f" in process {os.environ['RANK']} of {self.start.processes}"
             raise MlakitError(
-                f"{self.name}: out of memory with {micro} windows of"
+                f"{self.name}: out of memory{where} with {micro} windows of"
                 f" {self.start.material.length:,} tokens at a time ({fault})",
                 remedy="use a smaller --micro-batch, a shorter --sequence-length, --checkpointing,"
                 " or more processes with FSDP; checkpoints are kept, the same command goes on",
@@ -187,13 +201,13 @@ class Arm:
         self._event(
             "diverged", step, why=str(fault), back_to=found[1] if found else 0, scale=self.scale
         )
-        if self.start.processes > 1:
-            raise MlakitError(
-                f"{self.name}: {fault}",
-                remedy="run the same command again: it goes on from the last good checkpoint at"
-                f" {self.scale:g} of the learning rate",
-            )
         if len(rollbacks) + 1 < MOST_ROLLBACKS:
+            if self.start.processes > 1:  # each holds a part of the weights, and keeps it
+                raise MlakitError(
+                    f"{self.name}: {fault}",
+                    remedy="run the same command again: it goes on from the last good checkpoint"
+                    f" at {self.scale:g} of the learning rate",
+                )
             return
         if not self.start.journal.of(self.name, "check"):
             raise MlakitError(
@@ -205,6 +219,11 @@ class Arm:
 
     def _event(self, what: str, step: int, **facts: object) -> None:
         self.start.told(self.start.journal.add(self.name, "event", step, what=what, **facts))
+
+
+def _lost_peer(error: BaseException) -> bool:
+    words = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or any(w in words for w in LOST_PEER)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -69,6 +69,7 @@ class HealReport:
         after: the written result, measured again from its files.
         raised_norm: exponent of the latent norm where training made it necessary to raise it.
         environment: versions and machine.
+        processes: how many shared the work.
     """
 
     key: str
@@ -85,6 +86,7 @@ class HealReport:
     after: dict[str, Any]
     raised_norm: int | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
 
     @property
     def original_perplexity(self) -> float:

@@ -286,6 +286,7 @@ class _Run:
             after=after,
             raised_norm=raised,
             environment=environment.model_dump(),
+            processes=inputs.processes,
         )  # fmt: skip
 
 

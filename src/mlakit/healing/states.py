@@ -57,6 +57,21 @@ def put_moments(
         optimiser.state[parameter] = state
 
 
+def random_states() -> dict[str, Tensor]:
+    """Where torch's random numbers stand, on which dropout depends; of this process's device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def put_random_states(states: Mapping[str, Tensor]) -> None:
+    """Goes on from there."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,9 @@ from mlakit.healing.states import (
     gathered_moments,
     gathered_weights,
     put_moments,
+    put_random_states,
     put_weights,
+    random_states,
     read_tensors,
     write_tensors,
 )
@@ -233,6 +235,16 @@ class HealTrainer(Trainer):
         part = self.scale * share(done, self.planned_steps, self.recipe.warmup)
         for group, base in zip(self.plain_optimizer.param_groups, schedule.base_lrs, strict=True):
             group["lr"] = base * part
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        write_tensors(self._chance(output_dir), random_states())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._chance(checkpoint).exists():
+            put_random_states(read_tensors(self._chance(checkpoint)))
+
+    def _chance(self, folder: str) -> Path:
+        return Path(folder) / f"random-{self.args.process_index}.safetensors"
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
