@@ -132,8 +132,9 @@ def draw_healing(axes: Any, runs: dict[str, Any]) -> None:
         excess = [max(nll - run["original_nll"], 1e-5) for nll in run["nll"]]
         tokens = [count / 1000 for count in run["tokens"]]
         style = "-" if ratio == "0.5" else "--"
-        label = f"{float(ratio):.1%} {method}"
+        label = f"{100 * float(ratio):g} % {method}"
         axes.plot(tokens, excess, style, color=COLOURS[method], linewidth=1.4, label=label)
     if runs:
         axes.set_yscale("log")
+        axes.set_ylim(top=5 * axes.get_ylim()[1])  # for the legend
         axes.set_ylabel("loss above the original's, nats")

@@ -20,7 +20,9 @@ SHAPES = {
 """D, H, G, d and the width of the feed-forward block."""
 
 
-def write_checkpoint(folder: Path, shape: str, layers: int, context: int = 8192) -> None:
+def write_checkpoint(
+    folder: Path, shape: str, layers: int, context: int = 8192, vocabulary: int | None = None
+) -> None:
     """A llama of random bfloat16 weights, one shard per layer, and the demo model's tokenizer.
 
     Args:
@@ -28,6 +30,7 @@ def write_checkpoint(folder: Path, shape: str, layers: int, context: int = 8192)
         shape: key of SHAPES.
         layers: how many.
         context: longest context of its config, and so of a calibration window.
+        vocabulary: tokens; those of the demo model's tokenizer by default, of which it has some.
     """
     hidden, heads, groups, dim, inner = SHAPES[shape]
     config = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
@@ -41,6 +44,7 @@ def write_checkpoint(folder: Path, shape: str, layers: int, context: int = 8192)
         "max_position_embeddings": context,
         "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
         "tie_word_embeddings": False,
+        "vocab_size": vocabulary or config["vocab_size"],
     }
     sizes = {
         "self_attn.q_proj": (heads * dim, hidden),

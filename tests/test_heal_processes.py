@@ -38,7 +38,12 @@ FAULTY = Path(__file__).with_name("faulty_process.py")
 
 
 def launch(
-    folder: Path, kind: str, pair: tuple[Path, Path, Path], *words: str, fault: str = "", **given: Any
+    folder: Path,
+    kind: str,
+    pair: tuple[Path, Path, Path],
+    *words: str,
+    fault: str = "",
+    **given: Any,
 ) -> subprocess.CompletedProcess[str]:
     """A run of two processes, ``folder / "two"`` its result; a hang fails by its time limit."""
     original, student, text = pair
@@ -57,7 +62,7 @@ def launch(
     command += ["heal", str(student), "--teacher", str(original), "--data", str(text)]
     return subprocess.run(
         [*command, "-o", str(folder / "two"), *words, *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

@@ -32,9 +32,10 @@ from mlakit.evaluation.tasks.humaneval import STOP, grade, program
 from mlakit.evaluation.tasks.intervals import mcnemar, mean_gain, mean_score, pass_at_k, wilson
 from mlakit.evaluation.tasks.problems import read_problems
 from mlakit.reporting.html import render_html
-from mlakit.reporting.schema import Report
+from mlakit.reporting.schema import Report, TaskScore
 from mlakit.reporting.summary import rows
 from mlakit.reporting.table import print_report
+from mlakit.reporting.task_scores import require_same_source, task_scores, tasks_before
 from tiny_models import save_tiny
 
 SUMS = [
@@ -408,15 +409,12 @@ def test_a_report_of_two_models_shows_tasks(
     text = tmp_path / "text.txt"
     text.write_text("it is so. " * 60)
     out = tmp_path / "out"
-    done = CliRunner().invoke(
-        app,
-        [
-            *("eval", str(folder), str(folder), "--text", str(text), "--windows", "2"),
-            *("--prefix-length", "64", "--suffix-length", "16", "--no-recall"),
-            *("--tasks", f"gsm8k={sums}", "--limit", "4", "--shots", "1", "--json", "-o", str(out)),
-        ],
-        catch_exceptions=False,
-    )  # fmt: skip
+    command = [
+        *("eval", str(folder), str(folder), "--text", str(text), "--windows", "2"),
+        *("--prefix-length", "64", "--suffix-length", "16", "--no-recall"),
+        *("--tasks", f"gsm8k={sums}", "--limit", "4", "--shots", "1", "--json", "-o"),
+    ]
+    done = CliRunner().invoke(app, [*command, str(out)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     report = Report.model_validate_json(done.stdout)
     assert {s.measure for s in report.tasks} == {"strict match", "flexible match"}
@@ -436,6 +434,37 @@ def test_a_report_of_two_models_shows_tasks(
         "gsm8k.source.jsonl",
         "gsm8k.result.jsonl",
     }
+    assert (out / "tasks.png").stat().st_size > 5_000
+    monkeypatch.setattr(asking, "generate", Writer(lambda model, prompt: True))
+    done = CliRunner().invoke(app, [*command, str(tmp_path / "healed"), "--before", str(out)])
+    assert done.exit_code == 0, done.output
+    healed = Report.model_validate_json(done.stdout)
+    assert healed.before and not healed.before.missing
+    listed = {row.label: row for row in rows(healed)}
+    assert listed["gsm8k, strict match, %"].result == "100 [51.0, 100]"
+    assert listed["gsm8k, strict match, before"].result == "0 [0, 49.0]"
+    bars = task_scores(healed)
+    assert bars is not None and len(bars.axes) == 2 and len(bars.axes[0].get_yticks()) == 3
+
+
+def test_an_earlier_report_has_to_fit(folder: Path, sums: Path, tmp_path: Path) -> None:
+    estimate = {"value": 0.5}
+    score = TaskScore(
+        task="gsm8k", measure="strict match", problems=4, settings="greedy",
+        source=estimate, result=estimate,
+    )  # fmt: skip
+    earlier = SimpleNamespace(
+        source=SimpleNamespace(fingerprint="one"), result=SimpleNamespace(name="small"),
+        tasks=[score],
+    )  # fmt: skip
+    require_same_source(earlier, "one", "original")
+    for fingerprint, result in (("two", earlier.result), ("one", None)):
+        other = SimpleNamespace(**{**vars(earlier), "result": result})
+        with pytest.raises(UsageError, match="does not compare a result with original"):
+            require_same_source(other, fingerprint, "original")
+    longer = score.model_copy(update={"settings": "8 examples, greedy"})
+    found = tasks_before(earlier, [score, longer])
+    assert found.tasks == [score] and found.missing == ["gsm8k, strict match"]
 
 
 def test_prompts_go_through_the_chat_template(

@@ -67,6 +67,12 @@ def eval(
             "--run-generated-code", help="humaneval: allow running what the model writes."
         ),
     ] = False,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            help="Tasks: report folder of the result before healing, to stand beside this one."
+        ),
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Continue this side by side; repeatable.")
     ] = None,
@@ -116,6 +122,7 @@ def eval(
                 batch_size=batch_size,
                 run_generated_code=run_generated_code,
                 generations=output and output / "tasks" if tasks else None,
+                before=before,
                 prompts=prompt,
                 seed=seed,
                 device=device,

@@ -56,6 +56,7 @@ from mlakit.data import Source
 from mlakit.engines.targets import TARGETS
 from mlakit.errors import MlakitError, UsageError
 from mlakit.families import FAMILIES, read_model
+from mlakit.nn.device import usable_device
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HIGHEST_EXPONENT = {"float16": 15}
@@ -90,7 +91,7 @@ class Run:
         self.progress = progress
         self.model = read_model(checkpoint.config)
         self.family = FAMILIES[self.model.family]
-        self.reader = LayerReader(checkpoint, self.model, _device(device))
+        self.reader = LayerReader(checkpoint, self.model, usable_device(device))
         self.texts: WindowChoice | None = None
         self.windows: torch.Tensor | None = None
         if plan.calibration is not None:
@@ -373,15 +374,3 @@ def _with_theta(plan: ConversionPlan, theta: float | None) -> ConversionPlan:
         )
     )
     return replace(plan, layers=layers)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"The device {name!r} cannot be used: {str(error).splitlines()[0]}",
-            remedy="use --device cpu; mlakit doctor lists the devices",
-        ) from error
-    return device

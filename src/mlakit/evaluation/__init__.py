@@ -25,7 +25,9 @@ from mlakit.evaluation.subject import ModelLike, Subject, open_pair, open_subjec
 from mlakit.evaluation.tasks import TaskOptions, fit_tasks, open_tasks, run_tasks
 from mlakit.evaluation.verification import check, verify
 from mlakit.generation import generate
+from mlakit.reporting.files import read_report
 from mlakit.reporting.schema import LayerError, Report, Sample, Stage
+from mlakit.reporting.task_scores import require_same_source, tasks_before
 from mlakit.spec import CacheKind
 
 __all__ = ["Subject", "check", "evaluate", "open_subject", "verify"]
@@ -52,6 +54,7 @@ def evaluate(
     batch_size: int = 8,
     run_generated_code: bool = False,
     generations: str | Path | None = None,
+    before: str | Path | None = None,
     prompts: Sequence[str] | None = None,
     max_new_tokens: int = 48,
     stages: Sequence[Stage] = (),
@@ -86,6 +89,8 @@ def evaluate(
         batch_size: the tasks' prompts at a time.
         run_generated_code: allow HumanEval to run the programs that a model writes.
         generations: folder that keeps the texts of tasks; a run that was cut off goes on there.
+        before: report of an earlier state of the result, as before healing, on the same source and
+            tasks: its scores stand beside these.
         prompts: prompts to continue side by side; the first words of three windows by default.
         max_new_tokens: length of those continuations; 0 writes none.
         stages: quality after each step of a conversion, to be drawn in the report.
@@ -104,6 +109,7 @@ def evaluate(
         MlakitError: a text too short for the windows, logits that are not finite, or problems
             that cannot be read.
     """
+    earlier = None if before is None else read_report(before)
     open_texts(text)  # what cannot be read is refused before any weight is
     options = TaskOptions(
         limit=limit,
@@ -125,8 +131,11 @@ def evaluate(
         suffix_length=suffix_length,
         count=windows,
     )
+    if earlier is not None:
+        require_same_source(earlier, ours.fingerprint, ours.name)
     chosen = fit_tasks(chosen, ours, theirs)
     scores = score_windows(ours, theirs, cut, progress=progress)
+    asked = run_tasks(chosen, ours, theirs, seed=seed, progress=progress)
     memory = measure_memory(ours, theirs, length=whole_pages(cut.ids.shape[1] - 1))
     source_summary, result_summary = summarise_models(ours, theirs, memory)
     return Report(
@@ -136,7 +145,8 @@ def evaluate(
         domains=summarise_domains(scores, cut, seed=seed),
         memory=memory,
         recall=measure_recall(ours, theirs, seed=seed, progress=progress) if recall else None,
-        tasks=run_tasks(chosen, ours, theirs, seed=seed, progress=progress),
+        tasks=asked,
+        before=None if earlier is None else tasks_before(earlier, asked),
         speed=measure_speed(ours, theirs, seed=seed, progress=progress) if speed else None,
         samples=_samples(ours, theirs, prompts, cut, max_new_tokens),
         stages=list(stages),

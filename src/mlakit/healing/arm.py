@@ -149,7 +149,8 @@ class Arm:
             if self.start.processes > 1 and _lost_peer(error):
                 raise OtherProcessEnded(
                     f"{self.name}: another process of this run has ended",
-                    remedy="its own message says why; checkpoints are kept, the same command goes on",
+                    remedy="its own message says why; checkpoints are kept, the same command goes"
+                    " on",
                 ) from error
             if not _out_of_memory(error):
                 raise

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, open_checkpoint
 from mlakit.data import SourceLike
@@ -24,6 +22,7 @@ from mlakit.healing.material import (
     with_micro_batch,
 )
 from mlakit.healing.recipe import Recipe
+from mlakit.nn.device import usable_device
 from mlakit.nn.hf import register
 
 
@@ -130,11 +129,5 @@ def _own_device(device: str, processes: int) -> str:
             f"Training runs on cpu or on the first GPU, not on {device!r}",
             remedy="choose the GPU with CUDA_VISIBLE_DEVICES and use --device cuda",
         )
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"The device {device!r} cannot be used: {str(error).splitlines()[0]}",
-            remedy="use --device cpu; mlakit doctor lists the devices",
-        ) from error
+    usable_device(device)
     return device

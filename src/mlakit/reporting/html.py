@@ -17,6 +17,7 @@ TITLES = {
     "cache": "Cache",
     "quality": "Quality along the continuation",
     "recall": "Recall",
+    "tasks": "Tasks",
     "stages": "Stages of the conversion",
     "layers": "Error per layer",
     "speed": "Speed",
@@ -28,6 +29,9 @@ CAPTIONS = {
     "mean that the cache decays.",
     "recall": "Questions answered exactly by greedy decoding, of those asked. Depth 0 % is the "
     "beginning of the text. n/a: the source itself answers fewer than half at this length.",
+    "tasks": "Share of right answers with its 95 % interval. Overlapping intervals do not mean "
+    "that two models are alike: all had the same problems, and the paired difference in the "
+    "table is the sharper test.",
     "stages": "Each step of the conversion and what it cost.",
     "layers": "Attention output of the converted layer against the original's.",
     "speed": "Medians, batch 1, models timed in turn. The dotted roof is the measured copy "

@@ -28,6 +28,7 @@ from mlakit.reporting.style import (
     percent,
 )
 from mlakit.reporting.summary import KIND_WORDS
+from mlakit.reporting.task_scores import task_scores
 
 HEAT = matplotlib.colormaps["Blues"]
 CSS_COLOURS = {
@@ -45,6 +46,7 @@ def draw(report: Report) -> dict[str, Figure]:
         "cache": cache_bars,
         "quality": quality_by_position,
         "recall": recall_maps,
+        "tasks": task_scores,
         "stages": stages,
         "layers": layer_errors,
         "speed": speed,

@@ -215,6 +215,24 @@ class TaskScore(Record):
     warnings: list[str] = Field(default_factory=list)
 
 
+class TasksBefore(Record):
+    """Tasks of an earlier state of the result, as before healing.
+
+    Attributes:
+        tasks: that were asked in the same way; their ``result`` is the earlier state.
+        missing: measures that were not.
+    """
+
+    name: str
+    tasks: list[TaskScore]
+    missing: list[str] = Field(default_factory=list)
+
+    def score(self, now: TaskScore) -> Estimate | None:
+        """What the earlier state reached by the same measure."""
+        same = (then for then in self.tasks if (then.task, then.measure) == (now.task, now.measure))
+        return next((then.result for then in same), None)
+
+
 class CacheSize(Record):
     """Cache bytes of one model: held by its storage, and as the account predicts."""
 
@@ -300,7 +318,8 @@ class Environment(Record):
 class Report(Record):
     """All that was measured on a source and, where there is one, on its result.
 
-    ``domains`` holds the quality on each text where there were several.
+    ``domains`` holds the quality on each text where there were several, ``before`` the tasks of an
+    earlier state of the result.
     """
 
     schema_version: Literal[1] = 1
@@ -311,6 +330,7 @@ class Report(Record):
     memory: Memory
     recall: Recall | None = None
     tasks: list[TaskScore] = Field(default_factory=list)
+    before: TasksBefore | None = None
     speed: Speed | None = None
     samples: list[Sample] = Field(default_factory=list)
     stages: list[Stage] = Field(default_factory=list)

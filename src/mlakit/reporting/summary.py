@@ -115,6 +115,9 @@ def notes(report: Report) -> list[str]:
         if domain.kl is not None
     }
     warnings = dict.fromkeys(text for score in report.tasks for text in score.warnings)
+    if report.before and report.before.missing:
+        measures = "; ".join(report.before.missing)
+        warnings[f"{report.before.name} was not asked in the same way before: {measures}"] = None
     return list(filter(None, [disagreement(losses), *warnings]))
 
 
@@ -140,6 +143,9 @@ def _task_rows(report: Report) -> list[Row]:
         values = [estimate(_percentage(x) if score.share else x) for x in pair]
         label = f"{measure}, %" if score.share else measure
         listed.append(Row.of(label, values, asked + score.settings))
+        if report.before and (then := report.before.score(score)):
+            shown = estimate(_percentage(then) if score.share else then)
+            listed.append(Row(f"{measure}, before", "", shown, report.before.name))
         if score.difference is not None:
             note = "points"
             if score.p_value is not None:
