@@ -92,13 +92,13 @@ def convert(
         int, typer.Option(min=2, help="How many tokens of it all, at most.")
     ] = 32768,
     calib_window: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=2,
             help="Tokens of it read together, at most: the distance that losses are kept small at;"
-            " memory and time of attention grow with its square.",
+            f" time grows with it. Default: the context up to {WINDOW}, less for little text.",
         ),
-    ] = WINDOW,
+    ] = None,
     check: Annotated[
         list[str] | None,
         typer.Option(help="Text to measure the result on as well, as --calib; repeatable."),

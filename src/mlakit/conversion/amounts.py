@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-WINDOW = 512
-"""Tokens per calibration window, or the source's context if that is shorter."""
+WINDOW = 2048
+"""Tokens per calibration window, or the source's context if that is shorter. Losses grow with
+distance beyond it, so it is as long as time allows."""
+
+SHORT_WINDOW = 512
+"""Tokens per window of little text, which has to give several of them."""
+
+TOKEN_BYTES = 4
+"""Bytes of text per token, about."""
 
 BATCH_TOKENS = 2048
 """Tokens that go through a layer together."""
+
+SCORES = 2**20
+"""Attention scores that are held at once where all are looked at."""
 
 HELD_OUT = 8
 """One window in this many is held out, to choose what statistics cannot say."""

@@ -14,7 +14,6 @@ from typing import Literal
 from mlakit.checkpoint import ShardWriter, open_checkpoint, require_free_space
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.checkpoint.writing import LOCK_NAME
-from mlakit.conversion.amounts import WINDOW
 from mlakit.conversion.goal import EqualCacheForm, Goal, Ranks
 from mlakit.conversion.plan import (
     ConversionPlan,
@@ -45,7 +44,7 @@ def convert(
     cache_bits: int | Literal["auto"] = 16,
     calibration: SourceLike | Sequence[SourceLike] | None = None,
     calibration_tokens: int = 32768,
-    calibration_window: int = WINDOW,
+    calibration_window: int | None = None,
     check: SourceLike | Sequence[SourceLike] | None = None,
     seed: int = 0,
     dtype: str | None = None,
@@ -92,8 +91,8 @@ def convert(
             An exact conversion reads none.
         calibration_tokens: how many tokens of them are used, at most; each has its share.
         calibration_window: tokens that are read together, at most. Beyond that distance nothing is
-            known of the attention, and losses grow there; memory and time of the attention grow
-            with its square.
+            known of the attention, and losses grow there. None for the context up to 2,048, less
+            where there is little text; the time of the attention grows with it.
         check: texts that are not calibrated with: the result is measured on them too.
         seed: chooses the windows of a longer text, and what the model writes.
         dtype: of the result; the source's if None.

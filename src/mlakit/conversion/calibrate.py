@@ -17,6 +17,7 @@ from torch.nn import functional
 from mlakit.conversion.adapt import source_weights
 from mlakit.conversion.amounts import BATCH_TOKENS, VOCABULARY_SLICE
 from mlakit.conversion.factor import AttentionWeights, compress_query
+from mlakit.conversion.observe import hide, query_blocks
 from mlakit.conversion.rotate import Rotation
 from mlakit.conversion.stream import LayerReader, run_layer
 from mlakit.conversion.windows import held_out_count
@@ -153,20 +154,30 @@ def attend(
     mask: torch.Tensor | None,
     spec: AttentionSpec,
 ) -> torch.Tensor:
-    """Attention ``[B, H, T, V]`` of a source layer, its scores soft-capped where it does so."""
+    """Attention ``[B, H, T, V]`` of a source layer, its scores soft-capped where it does so.
+
+    No ``[T, T]`` of all heads is ever held.
+    """
     scale, cap = spec.softmax_scale, spec.logit_softcap
     if cap is None:
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+        # Kernels that do not hold all scores want values as wide as keys.
+        missing = max(0, query.shape[-1] - value.shape[-1])
+        out = functional.scaled_dot_product_attention(
+            query,
+            key,
+            functional.pad(value, (0, missing)),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
         )
-    scores = torch.tanh(query @ key.mT * (scale / cap)) * cap
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    else:
-        scores = scores + mask
-    return scores.softmax(-1) @ value
+        return out[..., : value.shape[-1]]
+    parts = []
+    for first, last in query_blocks(query.shape[0] * query.shape[1], query.shape[2]):
+        scores = query[..., first:last, :] @ key[..., :last, :].mT * (scale / cap)
+        seen = None if mask is None else mask[..., first:last, :last]
+        weights = hide(torch.tanh(scores) * cap, first, seen).softmax(-1)
+        parts.append(weights @ value[..., :last, :])
+    return torch.cat(parts, 2)
 
 
 def layer_weights(reader: LayerReader, index: int) -> AttentionWeights:

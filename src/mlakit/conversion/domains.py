@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from mlakit.account import cache_bytes, parameters
 from mlakit.checkpoint import Checkpoint
-from mlakit.conversion.amounts import HELD_OUT, WINDOW
+from mlakit.conversion.amounts import HELD_OUT, SHORT_WINDOW, TOKEN_BYTES, WINDOW
 from mlakit.conversion.cost import Estimate
 from mlakit.conversion.cost.machine import CPU_FLOPS, CUDA_FLOPS
 from mlakit.data import BUILTIN, Source
@@ -68,7 +68,7 @@ def plan_texts(
     checks: Sequence[Source],
     tokens: int,
     seed: int,
-    window: int = WINDOW,
+    window: int | None = None,
 ) -> Calibration:
     """Every text's share of the tokens.
 
@@ -78,13 +78,16 @@ def plan_texts(
         checks: texts to measure on.
         tokens: to calibrate with, at most.
         seed: of all choices.
-        window: tokens that are read together, at most; how far back statistics look.
+        window: tokens that are read together, at most; how far back statistics look. None for
+            the context up to WINDOW, less where text or tokens give only few of them.
 
     Raises:
         UsageError: there are too few tokens for windows, or windows are too short.
         MlakitError: a text cannot be read.
     """
-    if window < 2:
+    if window is None:
+        window = _usual_window(sources, tokens)
+    elif window < 2:
         raise UsageError(f"--calib-window {window} is below 2", remedy=f"the default is {WINDOW}")
     window = min(window, model.max_position_embeddings, tokens // (2 * len(sources)))
     if window < 2:
@@ -105,6 +108,14 @@ def plan_texts(
         window=window,
         seed=seed,
     )
+
+
+def _usual_window(sources: Sequence[Source], tokens: int) -> int:
+    """The longest of which every text gives enough to hold some out, within limits."""
+    each = tokens // len(sources)
+    texts = [len(source.content.plain.encode()) for source in sources if not source.own]
+    fewest = min([each, *(size // TOKEN_BYTES for size in texts)])
+    return min(WINDOW, max(SHORT_WINDOW, fewest // HELD_OUT))
 
 
 def _domain(source: Source, tokens: int) -> Domain:

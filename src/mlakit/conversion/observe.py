@@ -7,12 +7,14 @@ and how strongly the output answers to a change of a score.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from mlakit.conversion.amounts import SCORES
 from mlakit.conversion.factor import AttentionWeights
 from mlakit.errors import MlakitError
 from mlakit.spec import AttentionSpec
@@ -152,27 +154,16 @@ class Observer:
         query = self.weights.queries(x, self.projections[0])
         x = torch.cat([self.weights.inputs(x), ones], 1)
         key, value = (torch.einsum("tx,hdx->htd", x, part) for part in self.projections[1:])
-        repeats = len(query) // len(key)
-        key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-        attention, slope = self._attention(query, key, mask)
-        out = attention @ value
-        turned = value @ self.gram  # v^T W_O^T W_O
-        own, read = (turned * value).sum(-1), (out @ self.gram * out).sum(-1)
-        distance = (out @ turned.mT).mul_(-2).add_(own[:, None]).add_(read[..., None])
-        square = attention.square()
-        # |W_O (v_n - o_m)|^2 of every key n and query m, weighted
-        weight = distance.clamp_min_(0).mul_(square).mul_(slope.square()).sum(-1)  # [H, T]
-        tokens = square.sum((0, 1))
-        flat = attention.flatten(1)
+        seen = self._attention(query, key, value, mask)
         self._tokens += len(x)
-        self._weight += float(tokens.double().sum())
+        self._weight += float(seen.tokens.double().sum())
         for name, term in {
             "inputs": x.mT @ x,
-            "attended": (x * tokens[:, None]).mT @ x,
+            "attended": (x * seen.tokens[:, None]).mT @ x,
             "queries": query.mT @ query,
-            "sensitive": (query * weight[..., None]).mT @ query,
-            "overlap": flat @ flat.mT,
-            "distances": _by_distance(attention),
+            "sensitive": (query * seen.weight[..., None]).mT @ query,
+            "overlap": seen.overlap,
+            "distances": seen.distances,
             "output": y.double().sum(0),
             "output_square": y.double().square().sum(),
         }.items():
@@ -181,10 +172,15 @@ class Observer:
             self._sums[name] += term
 
     def _attention(
-        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention ``[H, T, T]`` and the slope of its logits where they are soft-capped."""
-        length = query.shape[1]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> Attended:
+        """What one window's attention does, some queries at a time: no ``[H, T, T]`` is held."""
+        heads, length, _ = query.shape
+        repeats = heads // len(key)
         angles = torch.arange(length, device=query.device)[:, None] * self.frequencies.float()
         factor = turn_factor(self.frequencies, self.factor).float()
         turn = torch.polar(factor.expand_as(angles), angles)
@@ -193,26 +189,97 @@ class Observer:
             turned = torch.complex(*part.chunk(2, -1)) * turn
             return torch.cat([turned.real, turned.imag], -1)
 
-        scores = rotate(query) @ rotate(key).mT * self.spec.softmax_scale
+        query, key = rotate(query), rotate(key).repeat_interleave(repeats, 0)
+        value = value.repeat_interleave(repeats, 0)
+        turned = value @ self.gram  # v^T W_O^T W_O
+        own = (turned * value).sum(-1)
+        weight = query.new_zeros(heads, length)
+        tokens = query.new_zeros(length)
+        overlap = query.new_zeros(heads, heads, dtype=torch.float64)
+        distances = query.new_zeros(heads, length, dtype=torch.float64)
+        for first, last in query_blocks(heads, length):
+            rows = slice(first, last)  # no query sees a key behind the last of them
+            scores = query[:, rows] @ key[:, :last].mT * self.spec.softmax_scale
+            attention, slope = self._softmax(
+                scores, first, None if mask is None else mask[rows, :last]
+            )
+            out = attention @ value[:, :last]
+            read = (out @ self.gram * out).sum(-1)
+            distance = (out @ turned[:, :last].mT).mul_(-2)
+            distance.add_(own[:, None, :last]).add_(read[..., None])
+            square = attention.square()
+            # |W_O (v_n - o_m)|^2 of every key n and query m, weighted
+            felt = distance.clamp_min_(0).mul_(square).mul_(slope.square())
+            weight[:, rows] = felt.sum(-1)
+            tokens[:last] += square.sum((0, 1))
+            flat = attention.flatten(1)
+            overlap += flat @ flat.mT
+            distances[:, :last] += _by_distance(attention)
+        return Attended(weight, tokens, overlap, distances)
+
+    def _softmax(
+        self, scores: torch.Tensor, first: int, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of scores ``[H, rows, T]``, and their slope where they are soft-capped.
+
+        Args:
+            scores: of the queries from ``first`` on, over all keys up to the last of them.
+            first: position of the first query.
+            mask: ``[rows, T]``; None for a causal one.
+        """
         slope = torch.ones((), device=scores.device)
         if self.spec.logit_softcap:
             capped = torch.tanh(scores / self.spec.logit_softcap)
             scores, slope = capped * self.spec.logit_softcap, 1 - capped.square()
-        if mask is None:
-            mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        else:
-            scores = scores + mask
-        return scores.softmax(-1), slope
+        return hide(scores, first, mask).softmax(-1), slope
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Sums over one window's attention, see ``Statistics``.
+
+    Attributes:
+        weight: ``w`` of every query, ``[H, T]``.
+        tokens: ``sum_im a^2`` of every key, ``[T]``.
+        overlap: ``sum_mn a_i a_i'``, ``[H, H]`` float64.
+        distances: attention at each distance, ``[H, T]`` float64.
+    """
+
+    weight: torch.Tensor
+    tokens: torch.Tensor
+    overlap: torch.Tensor
+    distances: torch.Tensor
+
+
+def query_blocks(heads: int, length: int) -> Iterator[tuple[int, int]]:
+    """Ranges of queries whose scores over all keys are ``SCORES`` numbers or one query's."""
+    rows = max(1, SCORES // (heads * length))
+    for first in range(0, length, rows):
+        yield first, min(first + rows, length)
+
+
+def hide(scores: torch.Tensor, first: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores ``[..., rows, T]`` of the queries from ``first`` on, -inf where they do not look.
+
+    Args:
+        scores: over all keys up to the last query's own.
+        first: position of the first query.
+        mask: ``[..., rows, T]``, what a query sees or what is added; None for a causal one.
+    """
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(first)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores + mask
 
 
 def _by_distance(attention: torch.Tensor) -> torch.Tensor:
-    """Sums of ``[H, T, T]`` over queries, by how far back the key is, ``[H, T]``."""
-    length = attention.shape[-1]
-    flat = nn.functional.pad(attention.flatten(1), (0, length))
-    sums = flat.unflatten(1, (length, length + 1)).sum(1)  # each row starts one key earlier
-    return torch.cat([sums[:, :1], sums[:, 2:].flip(1)], 1)
+    """Sums of ``[H, rows, T]`` over queries, the newest keys' own, by distance, ``[H, T]``."""
+    rows, length = attention.shape[1:]
+    padded = nn.functional.pad(attention, (rows, 0))
+    width = rows + length
+    steps = (rows * width, width + 1, 1)  # down a column of it goes what is equally far back
+    return padded.as_strided((len(padded), rows, length + 1), steps).sum(1)[:, 1:].flip(1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
 from mlakit.checkpoint.reading import PLAN_NAME
-from mlakit.conversion.amounts import WINDOW
 from mlakit.conversion.budget import engine_choice, narrowed, target_layer
 from mlakit.conversion.cautions import cautions
 from mlakit.conversion.cost import Estimate, forecast_cost
@@ -177,7 +176,7 @@ def make_plan(
     *,
     calibration: SourceLike | Sequence[SourceLike] | None = None,
     calibration_tokens: int = 32768,
-    calibration_window: int = WINDOW,
+    calibration_window: int | None = None,
     check: SourceLike | Sequence[SourceLike] | None = None,
     seed: int = 0,
     dtype: str | None = None,
