@@ -31,12 +31,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "conversion_memory.json"
 PICTURE = ROOT / "docs" / "conversion_memory.png"
 CASES = {
-    "moderate, closed form": ("moderate", (8, 16, 32), 1024, 0),
-    "moderate, refined": ("moderate", (8, 16, 32), 1024, 2),
-    "llama-3-8b, closed form": ("llama-3-8b", (2, 4), 2048, 0),
-    "llama-3-8b, refined": ("llama-3-8b", (2,), 2048, 2),
+    "moderate, closed form": ("moderate", (8, 16, 32), 1024, 512, 0),
+    "moderate, refined": ("moderate", (8, 16, 32), 1024, 512, 2),
+    "moderate, long windows": ("moderate", (4,), 8192, 2048, 0),
+    "moderate, long windows, refined": ("moderate", (4,), 8192, 2048, 2),
+    "llama-3-8b, closed form": ("llama-3-8b", (2, 4), 2048, 512, 0),
+    "llama-3-8b, refined": ("llama-3-8b", (2,), 2048, 512, 2),
+    "llama-3-8b, long windows": ("llama-3-8b", (2,), 4096, 2048, 0),
+    "llama-3-8b, long windows, refined": ("llama-3-8b", (2,), 4096, 2048, 2),
 }
-"""Shape, numbers of layers, calibration tokens, gradient steps per layer."""
+"""Shape, numbers of layers, calibration tokens and windows, gradient steps per layer."""
 
 
 def child(arguments: list[str]) -> None:
@@ -50,11 +54,12 @@ def child(arguments: list[str]) -> None:
     print(json.dumps({**seconds, **resident.record()}))
 
 
-def measure(model: Path, work: Path, tokens: int, steps: int) -> dict[str, Any]:
+def measure(model: Path, work: Path, tokens: int, window: int, steps: int) -> dict[str, Any]:
     """One conversion and its estimate."""
     options = [
         *("convert", str(model), "--cache-ratio", "0.5", "--json"),
-        *("--calib-tokens", str(tokens), "--refine-steps", str(steps)),
+        *("--calib-tokens", str(tokens), "--calib-window", str(window)),
+        *("--refine-steps", str(steps)),
     ]
     start = time.perf_counter()
     planned = last_line_of("--child", *options, "--dry-run", whole=True)
@@ -118,13 +123,13 @@ def run(output: Path, cases: list[str], repeats: int) -> None:
         old = json.loads(output.read_text(encoding="utf-8"))["rows"]
         record["rows"] = [row for row in old if row["case"] not in cases]
     for case in cases:
-        shape, depths, tokens, steps = CASES[case]
+        shape, depths, tokens, window, steps = CASES[case]
         for layers in depths * repeats:
             with tempfile.TemporaryDirectory() as work:
                 write_checkpoint(Path(work) / "model", shape, layers)
-                found = measure(Path(work) / "model", Path(work), tokens, steps)
+                found = measure(Path(work) / "model", Path(work), tokens, window, steps)
             row = {"case": case, "shape": shape, "layers": layers, "tokens": tokens, **found}
-            row |= {"steps": steps, "environment": environment()}
+            row |= {"window": window, "steps": steps, "environment": environment()}
             record["rows"].append(row)
             record["growth"] = growth(record["rows"])
             record["table"] = table(record["rows"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlakit.conversion import closed_form
+from mlakit.conversion import closed_form, observe
+from mlakit.conversion.calibrate import attend
 from mlakit.conversion.closed_form import Rope
 from mlakit.conversion.factor import AttentionWeights, LowRank
 from mlakit.conversion.observe import Observer, Statistics, felt_output
@@ -227,6 +230,35 @@ def test_the_metric_is_the_measured_error_to_first_order(groups: int) -> None:
     measured = (moved - exact).square().sum(-1).mean()
     expected = size**2 * value_metric.trace()
     assert float(measured / expected) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("scores", [1, 100, 10**6])
+def test_statistics_do_not_depend_on_the_pieces(
+    monkeypatch: pytest.MonkeyPatch, scores: int
+) -> None:
+    weights, x = random_weights(2), random_inputs(windows=2)
+    whole = observed(weights, x)
+    monkeypatch.setattr(observe, "SCORES", scores)
+    pieces = observed(weights, x)
+    for field in fields(Statistics):
+        found, expected = (
+            torch.as_tensor(getattr(part, field.name)).double() for part in (pieces, whole)
+        )
+        # float32 products of one window: 2^-24 of their sum, in another order (measured: 1e-7)
+        assert (found - expected).norm() <= 1e-6 * expected.norm(), field.name
+
+
+def test_capped_attention_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(spec_of(4), logit_softcap=5.0)
+    query, key, value = (torch.randn(2, 4, 9, 6, dtype=torch.float64) for _ in range(3))
+    visible = torch.ones(9, 9, dtype=torch.bool).tril().triu(-3)
+    for mask in (None, visible):
+        whole = attend(query, key, value, mask, spec)
+        monkeypatch.setattr(observe, "SCORES", 50)
+        pieces = attend(query, key, value, mask, spec)
+        # float64 sums in another order (measured: 2e-16)
+        torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-14)
+        monkeypatch.undo()
 
 
 def test_statistics_are_those_of_the_definition() -> None:

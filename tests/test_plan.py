@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mlakit.checkpoint import open_checkpoint
 from mlakit.conversion.budget import target_layer
+from mlakit.conversion.domains import plan_texts
 from mlakit.conversion.goal import Goal
 from mlakit.conversion.plan import make_plan
 from mlakit.conversion.rotary_sizes import (
@@ -25,7 +26,9 @@ from mlakit.conversion.rotary_sizes import (
     freqfold_choices,
     open_sizes,
 )
+from mlakit.data import named_sources
 from mlakit.errors import MlakitError, UsageError
+from mlakit.families import read_model
 from mlakit.spec import AttentionSpec, RopeSpec
 from tiny_models import TEXT, save_tiny
 
@@ -327,6 +330,28 @@ def test_calibration_that_is_no_use(tiny: Path, tmp_path: Path) -> None:
         make_plan(checkpoint, Goal(cache_ratio=0.5), calibration=empty)
     with pytest.raises(UsageError, match="too few"):
         make_plan(checkpoint, Goal(cache_ratio=0.5), calibration=empty, calibration_tokens=3)
+
+
+def test_windows_are_as_long_as_context_and_text_allow(
+    tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("a word " * 40_000)
+    config = json.loads((tiny / "config.json").read_text())
+    known = replace(read_model(config), max_position_embeddings=10_000)
+
+    def window(*places: str, tokens: int = 32768, given: int | None = None) -> int:
+        return plan_texts(known, named_sources(places), (), tokens, 0, given).window
+
+    assert window(str(long)) == 2048
+    assert window(str(text)) == 512
+    assert window(str(long), f"again={long}", "own=self") == 32768 // 3 // 8
+    assert window(f"{text}", str(long)) == 512
+    assert window(str(long), given=4096) == 4096
+    assert window(str(long), tokens=800) == 400
+    assert window(str(long), tokens=800, given=100) == 100
+    short = replace(known, max_position_embeddings=128)
+    assert plan_texts(short, named_sources(str(long)), (), 32768, 0).window == 128
 
 
 @pytest.mark.parametrize("options", [{"equal_cache": True}, {"cache_ratio": 0.5}])

@@ -108,7 +108,7 @@ def choose_rope(
     lost = energy * phase_error(mean, constant)
     avoided = None
     if schedule is not None:
-        other = statistics.phase(frequencies[:, None] - schedule)  # [H, d/2, R/2]
+        other = statistics.phase_between(frequencies, schedule)  # [H, d/2, R/2]
         left = energy[..., None] * phase_error(other, phase_factor(other, shrinkage))
         avoided = 1 - left.sum(0) / lost.sum(0).clamp_min(1e-30)[:, None]
     kept = keep_rope(

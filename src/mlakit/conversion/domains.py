@@ -85,15 +85,16 @@ def plan_texts(
         UsageError: there are too few tokens for windows, or windows are too short.
         MlakitError: a text cannot be read.
     """
-    if window is None:
-        window = _usual_window(sources, tokens)
-    elif window < 2:
+    if window is not None and window < 2:
         raise UsageError(f"--calib-window {window} is below 2", remedy=f"the default is {WINDOW}")
-    window = min(window, model.max_position_embeddings, tokens // (2 * len(sources)))
-    if window < 2:
+    longest = tokens // (2 * len(sources))
+    if longest < 2:
         raise UsageError(
             f"--calib-tokens {tokens} is too few", remedy="give thousands; default 32768"
         )
+    if window is None:
+        window = _usual_window(sources, tokens)
+    window = min(window, model.max_position_embeddings, longest)
     windows = tokens // window
     shares = [
         windows // len(sources) + (place < windows % len(sources)) for place in range(len(sources))

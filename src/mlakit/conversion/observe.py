@@ -48,10 +48,18 @@ class Statistics:
     output: float
 
     def phase(self, turns: torch.Tensor) -> torch.Tensor:
-        """``E[e^{i turn (m - n)}]`` under each head's attention, ``[H, *turns.shape]``."""
+        """``E[e^{i turn (m - n)}]`` under each head's attention, ``[H, n]`` for ``[n]`` turns."""
+        waves = self._waves(turns)
+        return self.distances.to(waves) @ waves
+
+    def phase_between(self, turns: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """``phase`` of the differences, ``[H, n, k]`` for ``[n]`` turns and ``[k]`` others."""
+        waves, back = self._waves(turns), self._waves(others).conj()
+        return torch.stack([(waves * share[:, None]).mT @ back for share in self.distances])
+
+    def _waves(self, turns: torch.Tensor) -> torch.Tensor:
         distance = torch.arange(self.distances.shape[1], device=turns.device)
-        waves = torch.exp(1j * distance[:, None] * turns.flatten())
-        return (self.distances.to(waves) @ waves).unflatten(1, turns.shape)
+        return torch.exp(1j * distance[:, None] * turns)
 
 
 def turn_factor(frequencies: torch.Tensor, factor: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from mlakit.conversion.amounts import (
     BATCH_TOKENS,
+    SCORES,
     SENSITIVITY_BATCH,
     STEP_TOKENS,
     VOCABULARY_SLICE,
@@ -56,12 +57,12 @@ def _forward(size: Dimensions, tokens: int) -> int:
     """Activations of one batch: states, queries, keys, values; then those of the block."""
     attention = 4 * (5 * size.hidden + 3 * size.query + 2 * size.width)
     block = 4 * 4 * size.hidden + (2 if size.stored else 4) * 3 * size.inner
-    return min(tokens, size.tokens) * max(attention, block)
+    return max(min(tokens, size.tokens), size.window) * max(attention, block)
 
 
 def _scores(size: Dimensions, copies: int) -> int:
-    """Several ``[H, T, T]`` float32."""
-    return 4 * copies * size.heads * size.window**2
+    """Several blocks of scores, float32, of some queries of all heads."""
+    return 4 * copies * max(SCORES, size.heads * size.window)
 
 
 def _observing(size: Dimensions, attention: bool) -> Parts:
@@ -87,7 +88,8 @@ def _choosing(size: Dimensions) -> Parts:
     heads = 4 * (size.query + size.width + size.hidden) * size.held_out
     value_metric = 8 * (2 * size.query**2 + size.hidden * size.query)
     axes = 8 * (2 * size.width * size.hidden + 6 * size.width**2)
-    trial = 4 * size.source + heads + _scores(size, 4)
+    tried = 4 * 8 * size.heads * (size.head + size.rope) * size.window
+    trial = 4 * size.source + heads + tried
     return {
         "float64 weights": 8 * size.source,
         "moments": 2 * 8 * (size.hidden + 1) ** 2,
@@ -98,7 +100,7 @@ def _choosing(size: Dimensions) -> Parts:
 
 
 def _sensing(size: Dimensions) -> Parts:
-    tokens = min(SENSITIVITY_BATCH, size.tokens)
+    tokens = max(min(SENSITIVITY_BATCH, size.tokens), size.window)
     saved = 4 * (10 * size.hidden + 4 * size.query + 2 * size.width) + 6 * 2 * size.inner
     logits = min(VOCABULARY_SLICE, size.vocabulary) * (8 * 4 * tokens + 4 * size.hidden)
     return {
@@ -119,14 +121,13 @@ def _writing(size: Dimensions) -> Parts:
 
 
 def _refining(size: Dimensions) -> Parts:
-    tokens = min(STEP_TOKENS, size.tokens)
-    saved = 4 * (3 * size.hidden + 2 * size.heads * (size.head + size.rope) + 3 * size.query)
+    tokens = max(min(STEP_TOKENS, size.tokens), size.window)
+    saved = 4 * (3 * size.hidden + 16 * size.heads * (size.head + size.rope))
     return {
         "layer": _layer(size),
         "float64 layer": 8 * (size.target - size.query * size.hidden),
         "converted layer and its best state": 2 * 4 * size.target,
         "gradients and Adam": 3 * 4 * size.target,
         "saved for the way down": tokens * saved,
-        "attention of a step": 3 * 4 * size.heads * tokens * size.window,
         "metric of outputs": 3 * 4 * size.hidden**2,
     }

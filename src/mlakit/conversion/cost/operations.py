@@ -86,14 +86,14 @@ def forward(size: Dimensions) -> Work:
 def student(size: Dimensions) -> Work:
     """One token through one converted attention, float32."""
     own = Work(float32=2 * size.target, passed=4 * 8 * size.query)
-    return own + _attention(size, size.head + size.rope, copies=6)
+    return own + _attention(size, size.head + size.rope)
 
 
-def _attention(size: Dimensions, key: int, copies: int = 2) -> Work:
-    """Scores and values of one token over its window; what passes through memory."""
+def _attention(size: Dimensions, key: int, passes: int = 0) -> Work:
+    """Scores and values as wide as keys, of one token over half its window; passes over them."""
     return Work(
-        float32=2 * size.window * size.heads * (key + size.head),
-        passed=4 * copies * size.heads * size.window,
+        float32=2 * size.window * size.heads * key,
+        passed=4 * passes * size.heads * size.window / 2,
     )
 
 
@@ -101,11 +101,14 @@ def survey(size: Dimensions, passes: int) -> Work:
     """The source's forward with its statistics; of every width rotations and axes; one cut."""
     fitted, row = size.tokens - size.held_out, size.hidden + 1
     seen = Work(float32=2 * size.shared + 4 * row**2 + 4 * size.query * size.head)
-    seen += _attention(size, 2 * size.head, copies=16)
+    seen += _attention(size, 2 * size.head, passes=8)
     tried = Work()
     for rope in size.ropes:
-        tried += Work(float32=2 * size.query * size.hidden + 2 * size.hidden**2)
-        tried += _attention(size, size.head + rope, copies=10)
+        tried += Work(
+            float32=2 * size.query * size.hidden + 2 * size.hidden**2,
+            passed=4 * 10 * size.heads * (size.head + rope),
+        )
+        tried += _attention(size, size.head + rope)
     keys, width = size.width // 2, size.width
     shared = Work(
         float64=2 * keys * row**2 + 2 * size.query * size.hidden * (size.query + size.hidden),
@@ -134,7 +137,7 @@ def moments(size: Dimensions, folds: int) -> Work:
 def sensitivity(size: Dimensions) -> Work:
     """Up once, down once with a forward of its own, and the matrix."""
     tokens = min(SENSITIVITY_TOKENS, size.tokens - size.held_out)
-    token = forward(size).times(3) + _attention(size, size.head, copies=6)
+    token = forward(size).times(3) + _attention(size, size.head).times(2)
     token += Work(float32=2 * size.hidden**2, written=3 * 4 * size.hidden)
     return token.times(tokens)
 
