@@ -148,6 +148,7 @@ def test_any_ratio_is_met_from_below_or_refused(ratio: float, rope_dim: int) -> 
     "shape,goal,expected",
     [
         ((8, 128), {"cache_ratio": 0.5}, (128, 256, 384, 512)),
+        ((8, 128), {"cache_ratio": 0.5, "cache_bits": "auto"}, (128, 256, 384, 512, 640, 768)),
         ((8, 128), {"cache_ratio": 0.125}, (64, 128)),
         ((8, 128), {"cache_ratio": 1.0}, (128, 512, 768, 1024)),
         ((8, 128), {"max_kl": 0.1}, (128, 256, 512, 1024)),

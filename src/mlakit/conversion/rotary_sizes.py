@@ -23,6 +23,10 @@ SIXTEENTHS = (4, 6, 8)
 """Of the cache that is kept, the shares that rotary widths to choose from have. The best one lay
 between a quarter and half of it; with half of the whole cache every rotation is kept."""
 
+SIXTEENTHS_OF_FEW_BITS = (4, 6, 8, 10, 12)
+"""The same where latents may have few bits: rotary dimensions then are the dear ones, and what
+they leave still is many latents."""
+
 SIXTEENTHS_OF_ALL = (1, 2, 4, 8)
 """The same of what the source caches, where the size is what is looked for."""
 
@@ -44,7 +48,8 @@ def open_sizes(source: AttentionSpec, goal: Goal) -> tuple[int, ...]:
     width = math.floor(min(ratio, 1.0) * full + 1e-9)
     most = min(head * (source.num_key_value_heads if engine.query_up else 2), width - 1)
     step, found = max(2, head // 4 * 2), {head}
-    for share in SIXTEENTHS if goal.max_kl is None else SIXTEENTHS_OF_ALL:
+    few = SIXTEENTHS if goal.cache_bits == 16 else SIXTEENTHS_OF_FEW_BITS
+    for share in few if goal.max_kl is None else SIXTEENTHS_OF_ALL:
         size = min(width * share // 16, most)
         found.add(size - size % (step if size >= step else 2))
     return tuple(sorted(size for size in found if 2 <= size <= most)) or (2,) * (width > 2)
