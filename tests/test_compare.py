@@ -143,11 +143,25 @@ def test_latent_rows_keep_their_bytes(tiny: Path, text: Path, tmp_path: Path) ->
     assert not (tmp_path / "out" / "models").exists()
 
 
+def test_what_exists_only_trained_needs_steps(tiny: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="exists only trained"):
+        run(tiny, text, tmp_path / "out", methods=["mlkv-trained"])
+    found = run(tiny, text, tmp_path / "out", methods=["mlkv-trained"], calibration=text,
+                train_steps=2)  # fmt: skip
+    point = found.points[1]
+    assert point.setting == "2 layers share, 2 steps" and point.trained
+    assert point.trained_tokens == 2 * 4 * 64 and point.percent_of_own == 50
+    plan = compare(tiny, tmp_path / "plan", train_steps=2, dry_run=True)
+    assert isinstance(plan, Plan)
+    assert {"yoco", "rwkv", "mamba"} <= {method.name for method, _ in plan.steps}
+
+
 def test_a_dry_run_lists_and_writes_nothing(tiny: Path, tmp_path: Path) -> None:
     plan = compare(tiny, tmp_path / "out", dry_run=True)
     assert isinstance(plan, Plan) and not (tmp_path / "out").exists()
     names = [method.name for method, _ in plan.steps]
     assert names[0] == "original" and "mla" in names and "mla-refined" not in names
+    assert "mlkv-trained" not in names
     named = compare(tiny, tmp_path / "out", methods=["mla-refined"], dry_run=True)
     assert isinstance(named, Plan) and named.steps[1][0].slow
     done = CliRunner().invoke(app, ["compare", str(tiny), "--dry-run", "--json"])

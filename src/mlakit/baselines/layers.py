@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mlakit.baselines.bits import fixed
 from mlakit.baselines.method import Bench, Method, Setting, Variant
-from mlakit.baselines.prefix import KeptLayer, Prefix, PrefixLayer
+from mlakit.baselines.prefix import KeptLayer, NewCache, Prefix, PrefixLayer
 from mlakit.baselines.weights import attentions, copied
 from mlakit.spec import ModelSpec
 
@@ -119,32 +119,40 @@ class FollowerLayer(DynamicLayer):
         return keys, values
 
 
-def following(group: int, model: PreTrainedModel, batch: int, length: int) -> Cache:
-    """An empty cache in which ``group`` neighbouring layers share the first one's."""
-    layers: list[Any] = []
-    for index in range(model.config.num_hidden_layers):
-        leader = index - index % group
-        layers.append(DynamicLayer() if index == leader else FollowerLayer(layers[leader]))
-    return Cache(layers=layers)
+def following(group: int) -> NewCache:
+    """Makes empty caches in which ``group`` neighbouring layers share the first one's."""
+
+    def make(model: PreTrainedModel, batch: int, length: int) -> Cache:
+        layers: list[Any] = []
+        for index in range(model.config.num_hidden_layers):
+            leader = index - index % group
+            layers.append(DynamicLayer() if index == leader else FollowerLayer(layers[leader]))
+        return Cache(layers=layers)
+
+    return make
+
+
+def average_shared(members: Sequence[Any]) -> None:
+    """Gives the first of some attentions the mean of their key and value projections."""
+    for name in ("k_proj", "v_proj"):
+        parts = [getattr(member, name) for member in members]
+        for kind in ("weight", "bias"):
+            tensors = [getattr(part, kind) for part in parts]
+            if tensors[0] is not None:
+                mean = torch.stack([t.data.float() for t in tensors]).mean(0)
+                tensors[0].data = mean.to(tensors[0].dtype)
 
 
 def _mlkv(bench: Bench, group: float) -> Variant:
     model, size = copied(bench.source.model), int(group)
     found = attentions(model)
     for leader in range(0, len(found), size):
-        members = found[leader : leader + size]
-        for name in ("k_proj", "v_proj"):
-            parts = [getattr(member, name) for member in members]
-            for kind in ("weight", "bias"):
-                tensors = [getattr(part, kind) for part in parts]
-                if tensors[0] is not None:
-                    tensors[0].data = (
-                        torch.stack([t.data.float() for t in tensors]).mean(0).to(tensors[0].dtype)
-                    )
-    return Variant(model, new_cache=partial(following, size))
+        average_shared(found[leader : leader + size])
+    return Variant(model, new_cache=following(size))
 
 
-def _groups(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
+def groups(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:
+    """Two and four layers with one cache."""
     count = len(spec.layers)
     return [Setting(f"{size} layers share", size) for size in (2, 4) if size <= count]
 
@@ -172,7 +180,7 @@ METHODS = (
         "arXiv 2406.09297",
         "Layers share the averaged key and value weights of their group and nothing is trained "
         "after it, which the original does.",
-        _groups,
+        groups,
         _mlkv,
     ),
 )

@@ -250,9 +250,9 @@ METHODS = (
         "LazyLLM",
         "tokens",
         "arXiv 2407.14057",
-        "Two cuts, after the first and the second third of the layers, where the authors choose "
-        "layers and shares for each model; what follows the prefix is cut likewise and not exact, "
-        "and bytes count what is kept to revive tokens.",
+        "Two cuts, after both thirds of the layers, where the authors choose layers and shares for "
+        "each model; what follows the prefix is cut too, and bytes count what is kept to revive "
+        "tokens.",
         _settings,
         _lazy,
     ),

@@ -42,6 +42,7 @@ class Bench:
         workspace: folder for checkpoints that a method writes.
         calibration: texts to choose numbers on.
         seed: of everything random.
+        train_steps: gradient steps of methods that exist only trained.
     """
 
     source: Subject
@@ -50,6 +51,7 @@ class Bench:
     workspace: Path
     calibration: tuple[Source, ...]
     seed: int
+    train_steps: int = 0
 
     @cached_property
     def calibration_ids(self) -> torch.Tensor:
@@ -123,6 +125,7 @@ class Method:
         settings: the doses to measure for a model and the shares of its cache asked for.
         build: what one of them runs.
         slow: takes many minutes, so it runs only where it is named.
+        trained: exists only trained, so it runs only where steps are given.
     """
 
     name: str
@@ -133,6 +136,7 @@ class Method:
     settings: Settings
     build: Callable[[Bench, float], Variant]
     slow: bool = False
+    trained: bool = False
 
 
 def by_share(spec: ModelSpec, budgets: Sequence[float]) -> list[Setting]:

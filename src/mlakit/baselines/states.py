@@ -51,6 +51,11 @@ def mamba_bytes(spec: ModelSpec, length: int, itemsize: int) -> int:
     return len(spec.layers) * inner * (MAMBA_STATE + MAMBA_KERNEL) * itemsize
 
 
+def yoco_window(spec: ModelSpec) -> int:
+    """Of the layers below: a quarter of the context, at most 1,024."""
+    return min(YOCO_WINDOW, spec.max_position_embeddings // 4)
+
+
 def yoco_bytes(spec: ModelSpec, length: int, itemsize: int) -> int:
     """One global cache for the upper half, a window in each layer of the lower half."""
     row = spec.layers[0].cache_width * itemsize

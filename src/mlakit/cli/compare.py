@@ -48,6 +48,14 @@ def compare(
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text to score.")] = 8,
     recall: Annotated[bool, typer.Option(help="Ask passkey and key-value questions.")] = True,
     speed: Annotated[bool, typer.Option(help="Time decoding and the first token.")] = True,
+    train_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Gradient steps for what exists only trained (MLKV, YOCO, linear attention, RWKV,"
+            " Mamba), e.g. 200; 0 gives their sizes alone.",
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[
@@ -86,6 +94,7 @@ def compare(
                 windows=windows,
                 recall=recall,
                 speed=speed,
+                train_steps=train_steps,
                 seed=seed,
                 dtype=dtype,
                 device=device,

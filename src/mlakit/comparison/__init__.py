@@ -47,6 +47,7 @@ def compare(
     windows: int = 8,
     recall: bool = True,
     speed: bool = True,
+    train_steps: int = 0,
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
@@ -72,6 +73,7 @@ def compare(
         windows: how many windows of each text are scored.
         recall: also ask passkey and key-value questions.
         speed: also time decoding and the first token; all else is the same in every run.
+        train_steps: gradient steps for methods that exist only trained; none leaves them out.
         seed: of questions, intervals and everything random in a method.
         dtype: dtype to load in; the checkpoint's own by default.
         device: where it runs.
@@ -91,7 +93,7 @@ def compare(
     spec = read_model(checkpoint.config)
     lengths = window_lengths(spec.max_position_embeddings, prefix_length, suffix_length)
     require_plain(spec, sum(lengths))
-    plan = make_plan(spec, methods=methods, budgets=budgets)
+    plan = make_plan(spec, methods=methods, budgets=budgets, train_steps=train_steps)
     texts = open_texts(text)
     calibrating = named_sources(BUILTIN if calibration is None else calibration)
     if dry_run:
@@ -111,7 +113,7 @@ def compare(
     parts = _parts(source, cut, calibrating) | {"recall": recall, "seed": seed, "speed": speed}
     journal = Journal(folder, identity(parts | {"versions": environment.versions}))
     exam = Exam(source, cut, seed=seed, recall=recall)
-    bench = Bench(source, spec, path, journal.models, calibrating, seed)
+    bench = Bench(source, spec, path, journal.models, calibrating, seed, train_steps)
     found = _Run(exam, bench, journal, speed, progress).measure(plan.steps)
     journal.close()
     measured = _comparison(exam, bench, plan, found, environment)

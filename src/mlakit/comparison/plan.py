@@ -52,11 +52,23 @@ class Plan:
         ]
 
 
-def make_plan(spec: ModelSpec, *, methods: Sequence[str] | None, budgets: Sequence[float]) -> Plan:
+def make_plan(
+    spec: ModelSpec,
+    *,
+    methods: Sequence[str] | None,
+    budgets: Sequence[float],
+    train_steps: int = 0,
+) -> Plan:
     """Chooses methods and settings.
 
+    Args:
+        spec: the model.
+        methods: by name; all that take no many minutes if None, trained ones where there are steps.
+        budgets: shares of its cache.
+        train_steps: of methods that exist only trained; their settings name them.
+
     Raises:
-        UsageError: an unknown method, or a budget that is no share.
+        UsageError: an unknown method, one that needs steps, or a budget that is no share.
     """
     for budget in budgets:
         if not 0 < budget <= 1:
@@ -65,14 +77,28 @@ def make_plan(spec: ModelSpec, *, methods: Sequence[str] | None, budgets: Sequen
                 remedy="give shares between 0 and 1: 0.5,0.25,0.125",
             )
     known = {method.name: method for method in (*latent.METHODS, *METHODS)}
-    usual = [name for name, method in known.items() if not method.slow]
+    usual = [name for name, m in known.items() if not m.slow and (train_steps or not m.trained)]
     names = list(dict.fromkeys(methods if methods is not None else usual))
     for name in names:
         if name not in known:
             raise UsageError(f"there is no method {name!r}", remedy=f"known: {', '.join(known)}")
+        if known[name].trained and not train_steps:
+            raise UsageError(
+                f"{name} exists only trained", remedy="add --train-steps 200, or leave it out"
+            )
     shares = tuple(sorted(set(budgets), reverse=True))
     chosen = (ORIGINAL, *(known[name] for name in names))
-    return Plan(shares, tuple((m, tuple(m.settings(spec, shares))) for m in chosen))
+    return Plan(shares, tuple((m, _settings(m, spec, shares, train_steps)) for m in chosen))
+
+
+def _settings(
+    method: Method, spec: ModelSpec, shares: Sequence[float], steps: int
+) -> tuple[Setting, ...]:
+    """The doses of a method, with the steps they are trained for."""
+    found = method.settings(spec, shares)
+    if method.trained:
+        found = [Setting(f"{item.label}, {steps:,} steps", item.value) for item in found]
+    return tuple(found)
 
 
 def identity(parts: Mapping[str, object]) -> str:
