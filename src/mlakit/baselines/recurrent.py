@@ -249,8 +249,8 @@ def _build(kind: type[Recurrent], bench: Bench, value: float) -> Variant:
 
 
 REST = (
-    "in the place of every layer's attention, trained with all else frozen for the steps asked for, "
-    "where the authors train whole models from scratch"
+    "in the place of every layer's attention, trained with all else frozen for the steps asked "
+    "for, where the authors train whole models from scratch"
 )
 
 
