@@ -43,8 +43,8 @@ SOURCES: dict[str, tuple[Path, str, str, dict[str, Any]]] = {
 RATIOS = (0.5, 0.25)
 SEEDS = (0, 1, 2)
 ARMS = {
-    "without q_up_proj": trainable.LATENT_KV,
-    "with q_up_proj": (*trainable.LATENT_KV, "q_up_proj"),
+    "without q_up_proj": tuple(name for name in trainable.LATENT_KV if name != "q_up_proj"),
+    "with q_up_proj": trainable.LATENT_KV,
 }
 
 

@@ -243,10 +243,13 @@ def test_a_dataset_is_read_when_the_library_is_there(monkeypatch: pytest.MonkeyP
         read("some/set")
     with pytest.raises(MlakitError, match="no column 'wrong'"):
         read("some/set:::wrong")
-    with pytest.raises(MlakitError, match="no network"):
-        read("gone")
+    tried = "tried: dataset gone, configuration maths, split train.*no network"
+    with pytest.raises(MlakitError, match=tried):
+        read("gone:maths")
+    assert not read("some/set:plain").cut
     monkeypatch.setattr("mlakit.data.texts.LONGEST", 2)
-    assert read("some/set:plain").text == "one"  # enough read
+    found = read("some/set:plain")  # enough is enough, and said
+    assert found.text == "one" and found.cut == "some/set:plain: its first 1 rows, 3 characters"
 
 
 class ChatTokenizer(CharacterTokenizer):

@@ -129,11 +129,21 @@ def test_families_and_forms(tmp_path: Path, family: str, goal: dict[str, Any]) -
     assert mlakit.generate(tmp_path / "out", "the cat", max_new_tokens=3).texts[0] is not None
 
 
-def test_equal_cache_key_up_projection_trains(tmp_path: Path) -> None:
-    pair = make_pair(tmp_path, equal_cache=True)
+@pytest.mark.parametrize(
+    "goal",
+    [{"equal_cache": True}, {"cache_ratio": 0.5, "refine_steps": 0}],
+    ids=["equal cache", "compressed"],
+)
+def test_key_up_projection_on_the_side_of_queries_trains(
+    tmp_path: Path, goal: dict[str, Any]
+) -> None:
+    pair = make_pair(tmp_path, **goal)
     quick_heal(pair, tmp_path / "out", ce_weight=1.0, learning_rate=1e-3)
     parts = {name.split("self_attn.")[1] for name in changed(pair[1], tmp_path / "out")}
     assert parts == KV | {"q_up_proj.weight"}
+    own, original = stored(tmp_path / "out"), stored(pair[0])
+    queries = [name for name in original if name.endswith("q_proj.weight")]
+    assert queries and all(torch.equal(own[name], original[name]) for name in queries)
     mlakit.verify(pair[0], tmp_path / "out", text=pair[2])  # equality is promised no longer
 
 

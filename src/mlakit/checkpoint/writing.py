@@ -198,18 +198,7 @@ class ShardWriter:
         Raises:
             MlakitError: the disk is full; nothing half-written stays.
         """
-        infos: dict[str, TensorInfo] = {}
-        offset = 0
-        for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-            tensor = tensors[name]
-            size = tensor.numel() * tensor.element_size()
-            infos[name] = TensorInfo(_dtype_name(tensor), tuple(tensor.shape), offset, size)
-            offset += size
-        header = write_header(infos, {"format": "pt"})
-        with atomic_file(self.path(shard), len(header) + offset) as file:
-            file.write(header)
-            for name in infos:
-                file.write(_bytes_of(tensors[name]))
+        write_tensors(self.path(shard), tensors)
 
     def finish(self) -> None:
         """Writes the index: from here on the folder is a complete checkpoint.
@@ -228,6 +217,26 @@ class ShardWriter:
                 total += info.nbytes
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json_atomic(self.folder / INDEX_NAME, index)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes a safetensors file, atomically, with no copy of it in memory.
+
+    Raises:
+        MlakitError: the disk is full; nothing half-written stays.
+    """
+    infos: dict[str, TensorInfo] = {}
+    offset = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        infos[name] = TensorInfo(_dtype_name(tensor), tuple(tensor.shape), offset, size)
+        offset += size
+    header = write_header(infos, {"format": "pt"})
+    with atomic_file(path, len(header) + offset) as file:
+        file.write(header)
+        for name in infos:
+            file.write(_bytes_of(tensors[name]))
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlakit.errors import UsageError
-from mlakit.healing.recipe import PARTS, RECIPES
+from mlakit.healing.recipe import PARTS, RECIPES, Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mlakit.healing.forecast import Forecast
     from mlakit.healing.report import HealReport
+
+USUAL = Recipe()
 
 
 def heal(
@@ -30,7 +32,11 @@ def heal(
         Path | None, typer.Option("-o", "--output", help="Folder for the result.")
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help=f"Settings to begin with: {', '.join(RECIPES)}.")
+        str,
+        typer.Option(
+            help=f"Settings to begin with: {', '.join(RECIPES)} (the TransMLA article's data and"
+            " settings; reasoning traces of DeepSeek-R1)."
+        ),
     ] = "default",
     data: Annotated[
         list[str] | None,
@@ -53,59 +59,92 @@ def heal(
     ] = None,
     train: Annotated[
         str | None,
-        typer.Option(help=f"What trains: {', '.join(PARTS)}; default: kv, the key/value path."),
+        typer.Option(
+            help=f"What trains: {', '.join(PARTS)}; default: {USUAL.train}, the key/value path."
+        ),
     ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="For --train lora; default: 16.")] = None,
-    ce_weight: Annotated[float | None, typer.Option(help="Weight of the next-token loss.")] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help=f"For --train lora; default: {USUAL.lora_rank}.")
+    ] = None,
+    ce_weight: Annotated[
+        float | None,
+        typer.Option(help=f"Weight of the next-token loss; default: {USUAL.ce_weight:g}."),
+    ] = None,
     kl_weight: Annotated[
-        float | None, typer.Option(help="Weight of the KL divergence from the original.")
+        float | None,
+        typer.Option(
+            help=f"Weight of the KL divergence from the original; default: {USUAL.kl_weight:g}."
+        ),
     ] = None,
     layer_weight: Annotated[
-        float | None, typer.Option(help="Weight of the error of attention outputs.")
+        float | None,
+        typer.Option(
+            help=f"Weight of the error of attention outputs; default: {USUAL.layer_weight:g}."
+        ),
     ] = None,
     layer_steps: Annotated[
         int | None, typer.Option(help="First steps that only match attention outputs.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of the KL; default: 1.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help=f"Of the KL; default: {USUAL.temperature:g}.")
+    ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="KL over the original's top tokens alone; 0: over all.")
+        int | None,
+        typer.Option(help="KL over the original's top tokens alone; default: 0, over all."),
     ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(help="One for all weights; default: by the size of each weight."),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's.")] = None,
-    warmup: Annotated[
-        float | None, typer.Option(help="Share of the steps in which the rate rises.")
+    weight_decay: Annotated[
+        float | None, typer.Option(help=f"AdamW's; default: {USUAL.weight_decay:g}.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows per step, in all.")] = None,
+    warmup: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Share of the steps in which the rate rises; default: {USUAL.warmup:g}."
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help=f"Windows per step, in all; default: {USUAL.batch}.")
+    ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Windows at a time in one process.")
+        int | None,
+        typer.Option(help="Windows at a time in one process; default: about 8,192 tokens."),
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens per window; default: the context, at most 2048.")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help=f"Passes over the data; default: {USUAL.epochs:g}.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
     checks: Annotated[
-        int | None, typer.Option(help="How often it is measured and saved; default: 10.")
+        int | None,
+        typer.Option(help=f"How often it is measured and saved; default: {USUAL.checks}."),
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Checks without a gain before it stops; default: 3.")
+        int | None,
+        typer.Option(help=f"Checks without a gain before it stops; default: {USUAL.patience}."),
     ] = None,
-    held_out_windows: Annotated[int | None, typer.Option(help="Windows to measure on.")] = None,
+    held_out_windows: Annotated[
+        int | None,
+        typer.Option(help=f"Windows to measure on; default: {USUAL.held_out_windows}."),
+    ] = None,
     checkpointing: Annotated[
         bool | None, typer.Option(help="Recompute activations: less memory, more time.")
     ] = None,
     control: Annotated[
         bool, typer.Option("--control", help="Also train the original itself likewise.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Order of the windows.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help=f"Order of the windows; default: {USUAL.seed}.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="To compute in: float32, bfloat16; default: bfloat16 on a GPU."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; CUDA_VISIBLE_DEVICES chooses.")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check all inputs; print memory, time, cost.")
     ] = False,
@@ -256,6 +295,7 @@ def print_forecast(found: Forecast, console: Console) -> None:
     """What a run will take, in a few lines."""
     processes, micro, accumulation = found.batch
     texts = "; ".join(f"{name}: {n:,} windows, {t:,} tokens count" for name, n, t in found.texts)
+    program = f", the program itself {_size(found.program_bytes)}" if found.program_bytes else ""
     lines = [
         ("data", f"{texts}; windows of {found.window_length:,} tokens"),
         ("trains", f"{found.trained:,} of {found.parameters:,} parameters"),
@@ -268,7 +308,7 @@ def print_forecast(found: Forecast, console: Console) -> None:
             "memory",
             f"about {_size(found.memory_bytes)} per process: weights {_size(found.weights_bytes)},"
             f" optimiser {_size(found.optimiser_bytes)},"
-            f" activations {_size(found.activation_bytes)};"
+            f" activations {_size(found.activation_bytes)}{program};"
             f" {_size(found.available_bytes)} are free",
         ),
         ("time", f"about {_clock(found.seconds)} from a few steps on this device"),

@@ -37,13 +37,15 @@ LONGEST = 2**26
 class Content:
     """What a source holds: running text, conversations, and prompts with their completions.
 
-    ``empty`` says which rows of JSONL files held nothing and were passed over.
+    ``empty`` says which rows of JSONL files held nothing and were passed over, ``cut`` which
+    dataset was read in part.
     """
 
     text: str
     conversations: tuple[Conversation, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
     empty: tuple[str, ...] = ()
+    cut: str = ""
 
     @property
     def plain(self) -> str:
@@ -176,12 +178,14 @@ def _joined(parts: Iterable[Content], separator: str) -> Content:
     talks: list[Conversation] = []
     pairs: list[tuple[str, str]] = []
     empty: list[str] = []
+    cut = ""
     for part in parts:
         texts += [part.text] if part.text else []
         talks += part.conversations
         pairs += part.pairs
         empty += part.empty
-    return Content(separator.join(texts), tuple(talks), tuple(pairs), tuple(empty))
+        cut = cut or part.cut
+    return Content(separator.join(texts), tuple(talks), tuple(pairs), tuple(empty), cut)
 
 
 def _read_file(path: Path) -> Content:
@@ -259,17 +263,21 @@ def _read_dataset(place: str) -> Content:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     name, configuration, split, column = [*place.split(":", 3), "", "", ""][:4]
+    split = split or "train"
     try:
         rows = datasets.load_dataset(
-            name, configuration or None, split=split or "train", streaming=not HF_HUB_OFFLINE
+            name, configuration or None, split=split, streaming=not HF_HUB_OFFLINE
         )
         return _joined(_dataset_rows(place, rows, column), "\n")
     except MlakitError:
         raise
     except Exception as error:  # the library raises many unrelated kinds
         raise MlakitError(
-            f"{place} is no file or folder, and no dataset of this name could be loaded: {error}",
-            remedy="check the spelling; a dataset needs a network or a filled cache",
+            f"{place} is no file or folder, and no dataset of this name could be loaded (tried:"
+            f" dataset {name}, configuration {configuration or 'by default'}, split {split}):"
+            f" {error}",
+            remedy="check the spelling; a dataset needs a network or a filled cache. A JSONL file"
+            " of its rows does as well",
         ) from error
 
 
@@ -287,4 +295,5 @@ def _dataset_rows(place: str, rows: Iterable[Any], column: str) -> Iterator[Cont
         yield content
         read += len(content.plain)
         if read > LONGEST:
+            yield Content("", cut=f"{place}: its first {number:,} rows, {read:,} characters")
             return

@@ -30,6 +30,9 @@ ACTIVATIONS = 34
 """Numbers kept per token, layer and hidden dimension for the backward pass (Korthikanti et al.,
 arXiv 2205.05198, section 4, without the scores, which attention functions do not keep)."""
 
+PROGRAM_BYTES = 310 * 2**20
+"""What Python and its libraries hold on a CPU: a run of models of a few kilobytes, measured."""
+
 ITEMSIZES = {"float32": 4, "bfloat16": 2}
 
 
@@ -48,6 +51,7 @@ class Forecast:
         weights_bytes: of both models, per process.
         optimiser_bytes: gradients and moments, per process.
         activation_bytes: of a micro batch, logits included, per process.
+        program_bytes: of the program itself, where it shares the device's memory.
         available_bytes: free on the device now.
         processes: how many share the work; with FSDP each holds its share of all weights.
         seconds: for all arms.
@@ -66,6 +70,7 @@ class Forecast:
     weights_bytes: int
     optimiser_bytes: int
     activation_bytes: int
+    program_bytes: int
     available_bytes: int
     processes: int
     seconds: float
@@ -76,7 +81,8 @@ class Forecast:
     @property
     def memory_bytes(self) -> int:
         """All of it, per process."""
-        return self.weights_bytes + self.optimiser_bytes + self.activation_bytes
+        parts = self.weights_bytes, self.optimiser_bytes, self.activation_bytes
+        return sum(parts) + self.program_bytes
 
 
 def forecast(
@@ -126,6 +132,7 @@ def forecast(
         weights_bytes=weights // sharded,
         optimiser_bytes=3 * 4 * counts.trained // sharded,
         activation_bytes=_activation_bytes(student.config, recipe, micro * material.length),
+        program_bytes=PROGRAM_BYTES if device == "cpu" else 0,
         available_bytes=_available(device),
         processes=processes,
         seconds=seconds,
@@ -154,12 +161,7 @@ def _warnings(found: Forecast, recipe: Recipe, material: Material, sharded: int)
         )
     if found.processes > 1 and sharded == 1:
         notes.append("every process holds all weights: accelerate launch --use_fsdp shares them")
-    for part in material.parts:
-        if part.empty:
-            notes.append(
-                f"{part.name}: {len(part.empty)} empty rows are passed over, the first is"
-                f" {part.empty[0]}"
-            )
+    notes += [f"{part.name}: {note}" for part in material.parts for note in part.notes]
     if found.steps * recipe.batch > 4 * found.windows:
         notes.append(
             f"the {found.windows:,} windows are read"

@@ -31,6 +31,7 @@ class Part:
         tokens: in them that count.
         dropped: tokens that filled no window.
         empty: rows that held nothing.
+        cut: what was read of a dataset that is too long; nothing where all was.
     """
 
     name: str
@@ -40,6 +41,19 @@ class Part:
     tokens: int
     dropped: int
     empty: tuple[str, ...]
+    cut: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was not read."""
+        found = []
+        if self.empty:
+            found.append(
+                f"{len(self.empty)} empty rows were passed over, the first is {self.empty[0]}"
+            )
+        if self.cut:
+            found.append(f"only the beginning of a dataset was read, {self.cut}")
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,7 @@ def _part(source: Source, lessons: Lessons) -> Part:
         tokens=int(lessons.counted[:, 1:].sum()),
         dropped=lessons.dropped,
         empty=source.content.empty,
+        cut=source.content.cut,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -192,7 +193,7 @@ class _Run:
             inputs.processes, journal, self.told,
         )  # fmt: skip
         if not journal.rows:
-            self._note_empty_rows(journal)
+            self._note_texts(journal)
         original = self._open_original()
         reports = {}
         student = open_subject(inputs.student.source, device=self._loads_to)
@@ -201,6 +202,7 @@ class _Run:
         state = arm.run()
         reports["healed"] = _arm_report(journal, arm)
         del arm, student
+        gc.collect()  # the trainer and its callbacks hold each other, and with them the student
         if inputs.control:
             if inputs.processes > 1:  # each holds a part of it, for the arm before
                 original = self._open_original()
@@ -209,6 +211,8 @@ class _Run:
             arm = Arm("control", again, original, settled)
             arm.run()
             reports["control"] = _arm_report(journal, arm)
+            del arm, again
+            gc.collect()
         if shards is None:
             return self._report(reports, dict(reports["healed"].best), None)
         return self._write(shards, state, reports, original)
@@ -222,11 +226,10 @@ class _Run:
         inputs = self.inputs
         return open_subject(inputs.teacher.source, dtype=inputs.recipe.dtype, device=self._loads_to)
 
-    def _note_empty_rows(self, journal: Journal) -> None:
-        empty = [row for part in self.inputs.material.parts for row in part.empty]
-        if empty:
-            what = f"{len(empty)} empty rows were passed over, the first is {empty[0]}"
-            self.told(journal.add("healed", "event", 0, what=what))
+    def _note_texts(self, journal: Journal) -> None:
+        for part in self.inputs.material.parts:
+            for note in part.notes:
+                self.told(journal.add("healed", "event", 0, what=f"{part.name}: {note}"))
 
     def _write(
         self, shards: ShardWriter, state: Any, reports: dict[str, Any], original: Subject

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mlakit.checkpoint import atomic_file
+from mlakit.checkpoint import writing
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """What Adam remembers of a weight."""
@@ -23,14 +24,14 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def gathered_weights(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The trained weights as they are now, copied."""
-    return {name: gathered(parameter).clone() for name, parameter in trained.items()}
+    """The trained weights as they are now; on a CPU the very same memory, to be written at once."""
+    return {name: gathered(parameter) for name, parameter in trained.items()}
 
 
 def gathered_moments(trained: Mapping[str, nn.Parameter], optimiser: Any) -> dict[str, Tensor]:
     """What the optimiser remembers, as ``weight/moment``."""
     return {
-        f"{name}/{moment}": gathered(optimiser.state[parameter][moment]).clone()
+        f"{name}/{moment}": gathered(optimiser.state[parameter][moment])
         for name, parameter in trained.items()
         for moment in MOMENTS
         if moment in optimiser.state.get(parameter, {})
@@ -75,9 +76,13 @@ def put_random_states(states: Mapping[str, Tensor]) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    with atomic_file(path, len(content)) as file:
-        file.write(content)
+    writing.write_tensors(path, tensors)
+
+
+def copy_tensors(source: Path, path: Path) -> None:
+    """The same file under another name, whole or not there."""
+    with source.open("rb") as read, writing.atomic_file(path, source.stat().st_size) as file:
+        shutil.copyfileobj(read, file)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -14,8 +14,10 @@ from mlakit.healing.recipe import Recipe
 from mlakit.nn.configs import LatentConfig
 from mlakit.nn.latent_attention import MLAttention
 
-LATENT_KV = ("kv_a_proj_with_mqa", "kv_b_proj", "k_b_proj", "v_b_proj")
-"""The latent's down- and up-projections, in all forms."""
+LATENT_KV = ("kv_a_proj_with_mqa", "kv_b_proj", "k_b_proj", "v_b_proj", "q_up_proj")
+"""The latent's down- and up-projections, in all forms. ``q_up_proj`` is the keys' one for what
+turns: rotation stands between it and the latent, so it is applied to the queries; the source's own
+``q_proj`` stays as it is."""
 
 ORDINARY_KV = ("k_proj", "v_proj", "qkv_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 """What makes keys and values where nothing was converted; some families fuse q with them."""
@@ -30,10 +32,7 @@ def attention_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]
 
 def key_value_parts(module: nn.Module) -> tuple[str, ...]:
     """Names of the projections that keys and values go through in one attention module."""
-    if not isinstance(module, MLAttention):
-        return ORDINARY_KV
-    # Without a nope part the keys' up-projection is applied to the queries (equal-cache form).
-    return (*LATENT_KV, "q_up_proj") if module.config.mla_form == "equal-cache" else LATENT_KV
+    return LATENT_KV if isinstance(module, MLAttention) else ORDINARY_KV
 
 
 def choose_trainable(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Parameter]:

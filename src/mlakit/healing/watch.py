@@ -19,7 +19,7 @@ from mlakit.evaluation.subject import Subject
 from mlakit.healing.journal import Journal, Row
 from mlakit.healing.measure import measure
 from mlakit.healing.pair import FIGURES
-from mlakit.healing.states import read_tensors, write_tensors
+from mlakit.healing.states import copy_tensors
 from mlakit.healing.trainer import DONE, WEIGHTS, Diverged, HealTrainer
 
 BEST_NAME = "best.safetensors"
@@ -126,7 +126,7 @@ class Watch(TrainerCallback):
         if args.should_save:
             checkpoint = self.folder / f"checkpoint-{state.global_step}"
             if self.journal.best(self.arm)["step"] == state.global_step:
-                write_tensors(self.folder / BEST_NAME, read_tensors(checkpoint / WEIGHTS))
+                copy_tensors(checkpoint / WEIGHTS, self.folder / BEST_NAME)
             write_json_atomic(checkpoint / DONE, {"step": state.global_step})
 
     def check(self, step: int) -> None:
