@@ -4,13 +4,16 @@
 
 Writes results/heal_memory.json. Checkpoints of random bfloat16 weights; each run is the command
 itself on a CPU, in a process of its own which samples its own pages (pages of mapped files are the
-kernel's to drop). The forecast is that of ``--dry-run`` just before. Linux only.
+kernel's to drop): as it is, and with every large block given back to the kernel as soon as it is
+free (``MALLOC_MMAP_THRESHOLD_``), which tells what is needed from what the allocator holds on to.
+The forecast is that of ``--dry-run`` just before. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,12 +44,10 @@ class Case:
 
 CASES = {
     "key/value path": Case("moderate", 4, "--micro-batch 2 --sequence-length 256"),
-    "long windows": Case("moderate", 4, "--micro-batch 2 --sequence-length 1024"),
-    "recomputed": Case("moderate", 4, "--micro-batch 2 --sequence-length 1024 --checkpointing"),
-    "bfloat16": Case("moderate", 4, "--micro-batch 2 --sequence-length 512 --dtype bfloat16"),
     "all weights": Case("moderate", 4, "--micro-batch 2 --sequence-length 256 --train all"),
-    "large vocabulary": Case("moderate", 2, "--micro-batch 4 --sequence-length 512", 65536),
-    "8B layers": Case("llama-3-8b", 2, "--micro-batch 1 --sequence-length 256"),
+    "recomputed": Case("moderate", 4, "--micro-batch 2 --sequence-length 512 --checkpointing"),
+    "bfloat16": Case("moderate", 4, "--micro-batch 2 --sequence-length 512 --dtype bfloat16"),
+    "large vocabulary": Case("moderate", 2, "--micro-batch 2 --sequence-length 512", 32768),
 }
 COMMON = "--batch 4 --steps 2 --checks 1 --held-out-windows 2"
 
@@ -73,20 +74,29 @@ def measure(case: Case, work: Path) -> dict[str, Any]:
     words += [*COMMON.split(), *case.flags.split()]
     planned = last_line_of(*words, "--dry-run", whole=True)
     found = last_line_of(*words, "-o", str(work / "healed"))
+    strict = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    needed = last_line_of(*words, "-o", str(work / "again"), environ=strict)["own_peak"]
     parts = ("weights", "optimiser", "activation", "program")
     forecast = {f"{part}_bytes": planned[f"{part}_bytes"] for part in parts}
     return {
         **found,
         **forecast,
         "forecast": sum(forecast.values()),
+        "needed_peak": needed,
+        "needed_over_forecast": needed / sum(forecast.values()),
         "over_forecast": found["own_peak"] / sum(forecast.values()),
     }
 
 
-def last_line_of(*arguments: str, whole: bool = False) -> dict[str, Any]:
+def last_line_of(
+    *arguments: str, whole: bool = False, environ: dict[str, str] | None = None
+) -> dict[str, Any]:
     """The JSON object that this module prints last in a new process, or the one before it."""
     command = [sys.executable, "-m", "benchmarks.heal_memory", "--child", *arguments]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
+        env={**os.environ, **(environ or {})},
+    )  # fmt: skip
     head, _, last = done.stdout.rstrip().rpartition("\n")
     return json.loads(head if whole else last)
 
@@ -107,11 +117,17 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             found = measure(case, Path(work))
         record["cases"][name] = {"layers": case.layers, "flags": case.flags, **found}
-        ratios = [row["over_forecast"] for row in record["cases"].values()]
-        record |= {"environment": environment(), "lowest": min(ratios), "highest": max(ratios)}
+        record["environment"] = environment()
+        for key in ("over_forecast", "needed_over_forecast"):
+            ratios = [row[key] for row in record["cases"].values()]
+            record[key] = {"lowest": min(ratios), "highest": max(ratios)}
         write_json_atomic(path, record)
-        print(name, {k: round(v / 2**20) for k, v in found.items() if k != "over_forecast"},
-              f"{found['over_forecast']:.2f}", flush=True)  # fmt: skip
+        print(
+            f"{name}: {found['own_peak'] / 2**20:,.0f} MiB, {found['needed_peak'] / 2**20:,.0f}"
+            f" needed, forecast {found['forecast'] / 2**20:,.0f}: {found['over_forecast']:.2f} and"
+            f" {found['needed_over_forecast']:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

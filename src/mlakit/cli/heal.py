@@ -324,7 +324,7 @@ def print_report(report: HealReport, console: Console) -> None:
     """What was gained, in a table."""
     from rich.table import Table
 
-    from mlakit.healing.report import losses_in_words, rates_in_words
+    from mlakit.healing.report import cache_in_words, losses_in_words, rates_in_words
 
     healed = report.healed
     _line(console, "trained", f"{healed.trained:,} of {healed.parameters:,} parameters")
@@ -333,6 +333,8 @@ def print_report(report: HealReport, console: Console) -> None:
     _line(console, "ended", f"step {healed.steps}, {healed.seconds:.0f} s: {healed.stopped}")
     if report.raised_norm is not None:
         _line(console, "latent norm", f"its epsilon was raised to 4^{report.raised_norm}")
+    if report.cache_share is not None:
+        _line(console, "cache", cache_in_words(report.cache_share).removeprefix("It caches "))
     table = Table(box=None, pad_edge=False)
     for column in ("model", "perplexity", "KL, nats", "tokens trained"):
         table.add_column(column, justify="left" if column == "model" else "right")

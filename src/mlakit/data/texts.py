@@ -168,7 +168,7 @@ def _read(place: str) -> Content:
     if importlib.util.find_spec("datasets") is None:
         raise MlakitError(
             f"{place} is neither a file nor a folder",
-            remedy="check the path, or install the package 'datasets' to read a dataset by name",
+            remedy="check the path; to read a dataset by name: pip install 'mlakit[datasets]'",
         )
     return _read_dataset(place)
 
@@ -214,9 +214,10 @@ def _rows(path: Path, text: str) -> Iterator[Content]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except json.JSONDecodeError as error:
+            why = f"{error.msg} at column {error.colno}"
             raise MlakitError(
-                f"{where} is not JSON: {error}", remedy="give one JSON object a line"
+                f"{where} is not JSON: {why}", remedy="give one JSON object a line"
             ) from error
         if isinstance(row, dict) and {"prompt", "completion"} <= row.keys():
             yield _pair(row["prompt"], row["completion"], where)

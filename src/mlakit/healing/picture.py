@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from mlakit.healing.report import ArmReport, HealReport
 from mlakit.reporting.files import write_file
@@ -43,7 +44,7 @@ def draw_healing(report: HealReport) -> Figure:
     kl.set_ylim(bottom=0)
     for axes in (loss, perplexity, kl):
         axes.set_xlabel("tokens")
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1M
     loss.legend()
     perplexity.legend()
     return figure

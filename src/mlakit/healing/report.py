@@ -10,6 +10,7 @@ from typing import Any
 
 from mlakit.checkpoint import write_json_atomic
 from mlakit.healing.journal import Journal, Row
+from mlakit.reporting.style import percent
 
 REPORT_NAME = "heal.json"
 
@@ -70,6 +71,7 @@ class HealReport:
         raised_norm: exponent of the latent norm where training made it necessary to raise it.
         environment: versions and machine.
         processes: how many shared the work.
+        cache_share: the student's cached bytes per token over the original's.
     """
 
     key: str
@@ -87,6 +89,7 @@ class HealReport:
     raised_norm: int | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
+    cache_share: float | None = None
 
     @property
     def original_perplexity(self) -> float:
@@ -119,6 +122,7 @@ class HealReport:
             f" losses: {losses_in_words(self.recipe)}.",
             f"It ended because: {self.healed.stopped}.",
             "",
+            *([f"{cache_in_words(self.cache_share)}.", ""] if self.cache_share else []),
             f"Measured on {self.held_out['windows']} windows of {self.held_out['text']}, after a"
             f" cached prefix of {self.held_out['prefix_length']} tokens:",
             "",
@@ -159,6 +163,11 @@ def arm_report(
         losses=losses,
         events=journal.of(arm, "event"),
     )
+
+
+def cache_in_words(share: float) -> str:
+    """Bytes to every statement of quality; training changes none."""
+    return f"It caches {percent(round(100 * share, 1))} of the original's bytes per token"
 
 
 def rates_in_words(rates: tuple[float, float]) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from mlakit import __version__
+from mlakit.account import cache_bytes_per_token
 from mlakit.checkpoint import (
+    Checkpoint,
     ShardWriter,
     require_free_space,
     require_writable,
@@ -26,6 +28,7 @@ from mlakit.data import SourceLike
 from mlakit.errors import UsageError
 from mlakit.evaluation.environment import describe_environment
 from mlakit.evaluation.subject import Subject, open_subject
+from mlakit.families import read_model
 from mlakit.healing.arm import Arm, Start
 from mlakit.healing.export import require_stored, trained_tensors, write_card, write_healed
 from mlakit.healing.forecast import Forecast, forecast
@@ -290,7 +293,14 @@ class _Run:
             raised_norm=raised,
             environment=environment.model_dump(),
             processes=inputs.processes,
+            cache_share=cache_share(inputs.student, inputs.teacher),
         )  # fmt: skip
+
+
+def cache_share(student: Checkpoint, teacher: Checkpoint) -> float:
+    """Cached bytes per token over the original's, by their shapes, in one dtype."""
+    ours, theirs = (read_model(found.config).layers for found in (student, teacher))
+    return cache_bytes_per_token(ours, 2) / cache_bytes_per_token(theirs, 2)
 
 
 def _arm_report(journal: Journal, arm: Arm) -> ArmReport:
