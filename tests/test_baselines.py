@@ -151,8 +151,7 @@ def test_chosen_tokens_are_the_highest() -> None:
     shared = tokens.choose(scores, tokens.RULES["tova"], 4)  # 2.5, 4.5, 0, 2, .5, 1.5, 1 and last
     assert shared.tolist() == [[0, 1, 3, 7], [0, 1, 3, 7]]
     pooled = tokens.choose(scores[1:], tokens.RULES["snapkv"], 3)
-    means = [sum(scores[1, max(0, i - 2) : i + 3]) / len(scores[1, max(0, i - 2) : i + 3])
-             for i in range(7)]  # fmt: skip
+    means = [sum(scores[1, max(0, i - 2) : min(7, i + 3)]) / 5 for i in range(7)]
     best = sorted(range(7), key=lambda i: -means[i])[:2]
     assert pooled.tolist() == [[*sorted(best), 7]]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import compare_kept
 from typer.testing import CliRunner
 
 from mlakit.baselines import METHODS
@@ -19,7 +20,7 @@ from mlakit.errors import UsageError
 from mlakit.evaluation import open_subject
 from mlakit.evaluation.quality import cut_windows
 from mlakit.reporting.answers import best_at, smallest, tied, within_one_percent
-from mlakit.reporting.comparison import FAMILY_WORDS, Comparison, MethodEntry, Point
+from mlakit.reporting.comparison import FAMILY_WORDS, Comparison, MethodEntry, Pace, Point
 from mlakit.reporting.comparison_page import render_comparison
 from mlakit.reporting.comparison_rows import table
 from mlakit.reporting.pareto import pareto_front
@@ -267,6 +268,18 @@ def test_a_winner_that_forgets_is_said_to() -> None:
 def test_the_front_is_what_nothing_beats() -> None:
     a, b, c = point("a", 0.5, [0.1]), point("b", 0.25, [0.3]), point("c", 0.5, [0.2])
     assert pareto_front([a, b, c]) == [b, a]
+
+
+def test_a_page_table_comes_from_what_is_kept() -> None:
+    speed = Pace(tokens_per_second=1234.5, of_original=0.5, first_token_seconds=1,
+                 first_token_of_original=1.25)  # fmt: skip
+    kept = compare_kept.summary(made(ORIGINAL, point("one", 0.25, [0.1, 0.2, 0.3], pace=speed)))
+    head, _, original, one = compare_kept.table("m", kept)
+    assert head.endswith("| perplexity | tokens/s | of own | first token |")  # nobody was asked
+    assert original.startswith("| original | x |") and original.endswith("| - | - | - |")
+    assert "<!--n compare.json#m.points.one.x.pace.of_original|.2f--><!--/n-->x" in one
+    page = compare_kept.with_table("a\n<!-- table m -->\nold\nold\n\nb", "m", ["new"])
+    assert page == "a\n<!-- table m -->\nnew\n\nb"
 
 
 def test_missing_points_say_why(tiny: Path, text: Path, tmp_path: Path) -> None:

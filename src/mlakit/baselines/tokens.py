@@ -101,13 +101,17 @@ def choose(scores: Tensor, rule: Rule, keep: int) -> Tensor:
     length = scores.shape[1]
     if rule.shared:
         scores = scores.mean(0, keepdim=True).expand_as(scores)
-    if rule.pool > 1:
-        scores = torch.nn.functional.avg_pool1d(
-            scores[:, None], rule.pool, stride=1, padding=rule.pool // 2, count_include_pad=False
-        )[:, 0]
-    scores = scores.clone()
-    scores[:, length - rule.recent(length, keep) :] = float("inf")
+    older = length - rule.recent(length, keep)
+    newest = scores.new_full((len(scores), length - older), float("inf"))
+    scores = torch.cat([pooled(scores[:, :older], rule.pool), newest], -1)
     return scores.topk(keep, dim=-1).indices.sort(-1).values
+
+
+def pooled(scores: Tensor, width: int) -> Tensor:
+    """Scores ``[G, n]`` averaged over neighbours, zeros beyond both ends."""
+    if width == 1:
+        return scores
+    return torch.nn.functional.avg_pool1d(scores[:, None], width, 1, width // 2)[:, 0]
 
 
 def kept(share: float, length: int) -> int:
