@@ -277,6 +277,10 @@ def test_statistics_are_those_of_the_definition() -> None:
     phase = (attention * wave).sum((0, 2, 3)) / (3 * LENGTH)
     found = seen.phase(torch.tensor([0.3], dtype=torch.float64))[:, 0]
     torch.testing.assert_close(found, phase, rtol=0, atol=1e-5)
+    turns, others = torch.rand(3, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+    apart = seen.phase((turns[:, None] - others).flatten()).unflatten(1, (3, 2))
+    # float64 sums of nine terms of size one, and their angles (measured: 2e-16)
+    torch.testing.assert_close(seen.phase_between(turns, others), apart, rtol=0, atol=1e-13)
     spread = output.flatten(0, 1)
     assert seen.output == pytest.approx(float((spread - spread.mean(0)).square().sum(1).mean()))
 
