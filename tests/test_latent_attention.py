@@ -32,7 +32,7 @@ from latent_models import (
     latent_model,
 )
 from latent_models import token_ids as tokens
-from mlakit.nn import latent_attention
+from mlakit.nn import attend
 from mlakit.nn.hf import new_cache
 from mlakit.nn.latent_attention import (
     EqualCacheAttention,
@@ -364,9 +364,7 @@ def test_vllm_can_follow_the_forward(changes: dict[str, Any], monkeypatch: Any) 
     def leaf(attention: Any, query: fx.Proxy, *others: Any, **options: Any) -> Any:
         return query.tracer.create_proxy("call_function", leaf, (query, *others[:2]), {})
 
-    monkeypatch.setattr(
-        latent_attention.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *arguments: leaf
-    )
+    monkeypatch.setattr(attend.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *arguments: leaf)
     graph = LeafTracer().trace(module, concrete_args={"past_key_values": None})
     calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
     assert list(calls) == ["q_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"]

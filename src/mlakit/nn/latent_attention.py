@@ -8,20 +8,21 @@ the cache rows themselves (DeepSeek-V2, arXiv 2405.04434, section 2.1; "absorb")
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
+from mlakit.nn.attend import attend, reads_in_blocks
 from mlakit.nn.cache import LatentCache
 from mlakit.nn.configs import LatentConfig
 from mlakit.nn.latent_parts import HeadProjection, LatentNorm, additive, last_columns
 from mlakit.nn.rotary import layer_schedules, rotate
 from mlakit.ops import mla_decode
+
+HEADS_AT_ONCE = 8
+"""Of a long history that is expanded: it is never held for more of them."""
 
 
 class MLAttention(nn.Module):
@@ -125,8 +126,7 @@ class MLAttention(nn.Module):
             q = self.q_proj(hidden_states)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        q = self.split_heads(q, "q_norm")
-        return self.split_query(q.transpose(1, 2))
+        return self.split_query(self.split_heads(q, "q_norm").transpose(1, 2))
 
     def latent_inputs(self, hidden_states: Tensor) -> Tensor:
         """What the latent is linear in: x, ``[k_norm(k) | v]`` or ``[kv_norm(c) | k_rope]``."""
@@ -153,9 +153,13 @@ class MLAttention(nn.Module):
 
     def expand_kv(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, 1, T, C]`` and ``[B, 1, T, R]`` to keys ``[B, H, T, N + R]`` and values."""
-        batch, _, length, _ = latent.shape
+        key, value = self.by_head(self.kv_b_proj(latent), k_rope)
+        return key, value
+
+    def by_head(self, expanded: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Some heads' part of ``kv_b_proj``'s output ``[B, 1, T, h (N + V)]`` to keys, values."""
         sizes = [self.qk_nope_head_dim, self.v_head_dim]
-        heads = self.kv_b_proj(latent).view(batch, length, -1, sum(sizes)).transpose(1, 2)
+        heads = expanded[:, 0].unflatten(-1, (-1, sum(sizes))).transpose(1, 2)
         k_nope, value = torch.split(heads, sizes, dim=-1)
         key = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         return key, value
@@ -179,8 +183,7 @@ class MLAttention(nn.Module):
             **kwargs: passed on to the attention function.
 
         Returns:
-            ``[B, S, D]`` and, from the eager implementation, the attention weights
-            ``[B, H, S, T]``.
+            ``[B, S, D]`` and, from the eager implementation, the weights ``[B, H, S, T]``.
         """
         batch, length = hidden_states.shape[:-1]
         q_nope, q_rope = self.project_query(hidden_states)
@@ -205,39 +208,8 @@ class MLAttention(nn.Module):
                     return self.decode(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
         query = torch.cat((q_nope, q_rope), dim=-1)
         key, value = self.expand_kv(latent, k_rope)
-        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """transformers' attention function: ``[B, H, S, E]`` and so on to ``[B, S, H, V]``."""
-        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        missing = 0
-        if self.config._attn_implementation == "sdpa":
-            # Its kernels that never hold all scores want values as wide as keys.
-            missing = max(0, query.shape[-1] - value.shape[-1])
-            value = nn.functional.pad(value, (0, missing)) if missing else value
-        if self.softcap is not None:
-            kwargs["softcap"] = self.softcap
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return (output[..., :-missing] if missing else output), weights
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """``W_UK [H, N, C]`` and ``W_UV [H, V, C]``, views of ``kv_b_proj``."""
@@ -261,7 +233,7 @@ class MLAttention(nn.Module):
     def decode_pages(
         self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The absorbed form on the pages; in plain torch to return weights."""
+        """Attention over the pages, mostly absorbed; in plain torch to return weights."""
         if kwargs.get("output_attentions"):
             count = max(cache.lengths)
             rows = cache.read(self.layer_idx, count).unsqueeze(1)
@@ -269,6 +241,8 @@ class MLAttention(nn.Module):
             seen = cache.visible(count, q_rope.shape[2], self.sliding_window)
             mask = additive(seen, q_rope.dtype)
             return self.decode(q_nope, q_rope, latent, k_rope, mask, **kwargs)
+        if self.gains_by_expanding(q_rope):
+            return self.o_proj(self.read_expanded(q_nope, q_rope, cache).flatten(2)), None
         layer = cache.layers[self.layer_idx]
         context, _ = mla_decode(
             self.absorb(q_nope, q_rope).transpose(1, 2),
@@ -282,6 +256,38 @@ class MLAttention(nn.Module):
             cache_format=layer.cache_format,
         )
         return self.project(context.transpose(1, 2)), None
+
+    def gains_by_expanding(self, q_rope: Tensor) -> bool:
+        """Whether ``[B, H, S, R]`` are so many queries that a cached row is better expanded.
+
+        Per row and head that is C (N + V) products, and then N + V for every query, where the
+        absorbed form has C for a value and, if N > 0, C for a key.
+        """
+        if self.config._attn_implementation != "sdpa" or not reads_in_blocks(q_rope, None):
+            return False
+        rank, nope = self.kv_lora_rank, self.qk_nope_head_dim
+        expanded, absorbed = nope + self.v_head_dim, rank + (rank if nope else 0)
+        return q_rope.shape[2] * (absorbed - expanded) > rank * expanded
+
+    def read_expanded(self, q_nope: Tensor, q_rope: Tensor, cache: LatentCache) -> Tensor:
+        """Values ``[B, S, H, V]`` that many new queries get from the pages, by some heads."""
+        held, visible = self.read_pages(cache, q_rope.shape[2])
+        latent, k_rope = held.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        query = torch.cat((q_nope, q_rope), dim=-1)
+        height = HEADS_AT_ONCE * (self.qk_nope_head_dim + self.v_head_dim)
+        values, maps = [], self.kv_b_proj.weight.split(height)
+        for some, rows in zip(query.split(HEADS_AT_ONCE, dim=1), maps):
+            key, value = self.by_head(nn.functional.linear(latent, rows), k_rope)
+            values.append(attend(self, some, key, value, visible)[0])
+        return torch.cat(values, dim=2)
+
+    def read_pages(self, cache: LatentCache, length: int) -> tuple[Tensor, Tensor]:
+        """Cached rows ``[B, 1, T, C + R]``, and which of S new queries see them, ``S, T``."""
+        count, window = max(cache.lengths), self.sliding_window
+        if window is not None:
+            count = min(count, window + length - 1)
+        rows = cache.read(self.layer_idx, count).unsqueeze(1)
+        return rows, cache.visible(count, length, window)
 
     def decode(
         self,
@@ -304,7 +310,9 @@ class MLAttention(nn.Module):
         if attention_mask is not None and length > 1:
             mask = attention_mask[..., : key.shape[2]].expand(batch, heads, length, -1)
             attention_mask = mask.reshape(batch, 1, heads * length, -1)
-        context, weights = self.attend(query, key, value, attention_mask, is_causal=False, **kwargs)
+        context, weights = attend(
+            self, query, key, value, attention_mask, is_causal=False, **kwargs
+        )
         if weights is not None:
             weights = weights.view(batch, heads, length, -1)
         context = context[..., : self.kv_lora_rank].reshape(batch, heads, length, -1)
@@ -323,10 +331,9 @@ class EqualCacheAttention(MLAttention):
         """Queries ``[B, H, S, d]`` to an empty nope part and ``[B, H, S, R]``."""
         return q[..., :0], self.q_up_proj(q)
 
-    def expand_kv(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys ``[B, H, T, R]``, a view of one shared key, and values ``[B, H, T, V]``."""
-        batch, _, length, _ = latent.shape
-        value = self.kv_b_proj(latent).view(batch, length, -1, self.v_head_dim).transpose(1, 2)
+    def by_head(self, expanded: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``[B, h, T, R]``, a view of one shared key, and values ``[B, h, T, V]``."""
+        value = expanded[:, 0].unflatten(-1, (-1, self.v_head_dim)).transpose(1, 2)
         return k_rope.expand(-1, value.shape[1], -1, -1), value
 
 
@@ -370,26 +377,19 @@ class ArticleAttention(MLAttention):
                 past_key_values.append(self.layer_idx, latent[:, 0])
                 c_v, c_k = past_key_values.stored(self.layer_idx, latent[:, 0]).chunk(2, dim=-1)
                 if past > 0:
-                    c_v, c_k, attention_mask = self.read_pages(past_key_values, query)
+                    rows, seen = self.read_pages(past_key_values, length)
+                    (c_v, c_k), attention_mask = rows.chunk(2, -1), additive(seen, query.dtype)
         cos, sin = self.own_angles(key_position_embeddings or position_embeddings)
         total = c_k.shape[2]
         key = self.k_b_proj(c_k).view(batch, total, -1, self.qk_rope_head_dim).transpose(1, 2)
         value = self.v_b_proj(c_v).view(batch, total, -1, self.v_head_dim).transpose(1, 2)
         key = rotate(key, last_columns(cos, total), last_columns(sin, total))
-        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
 
     def split_query(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Queries ``[B, H, S, R]`` to an empty nope part and themselves."""
         return q[..., :0], q
-
-    def read_pages(self, cache: LatentCache, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All cached ``c_v`` and ``c_k`` a query can see, and the mask to go with them."""
-        length, longest = query.shape[2], max(cache.lengths)
-        window = self.sliding_window
-        count = longest if window is None else min(longest, window + length - 1)
-        c_v, c_k = cache.read(self.layer_idx, count).unsqueeze(1).chunk(2, dim=-1)
-        return c_v, c_k, additive(cache.visible(count, length, window), query.dtype)
 
 
 FORMS: dict[str, type[MLAttention]] = {

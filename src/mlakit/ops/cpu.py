@@ -33,7 +33,7 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
     """
     kv_heads = call.k_cache.shape[2]
     group = call.q.shape[1] // kv_heads
-    dtype = _precision(call.q.dtype if call.cache_format is None else torch.float32)
+    dtype = precision(call.q.dtype if call.cache_format is None else torch.float32)
     q = call.q.detach().unflatten(1, (kv_heads, group))
     out = q.new_zeros(*q.shape[:3], call.kv_lora_rank, dtype=torch.float32)  # [N, G, H / G, C]
     lse = out.new_full(q.shape[:3], math.inf)
@@ -59,7 +59,7 @@ def decode(call: DenseCall) -> tuple[Tensor, Tensor]:
 def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
     """``mla_sparse_decode`` for CPU tensors of at most 32 bits, and the largest score."""
     plain = all(selection.pages.dtype == call.q.dtype for selection in call.selections)
-    dtype = _precision(call.q.dtype if plain else torch.float32)
+    dtype = precision(call.q.dtype if plain else torch.float32)
     q = call.q.detach()
     out = q.new_empty(*q.shape[:2], call.kv_lora_rank, dtype=torch.float32)
     lse, top = out.new_empty(q.shape[:2]), out.new_empty(q.shape[:2])
@@ -70,9 +70,11 @@ def decode_selected(call: SparseCall) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, top
 
 
-def _precision(stored: torch.dtype) -> torch.dtype:
+def precision(stored: torch.dtype) -> torch.dtype:
     """What rows and queries are multiplied in."""
-    return stored if stored == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
+    if stored == torch.float64 or (stored == torch.bfloat16 and _multiplies_bfloat16()):
+        return stored
+    return torch.float32
 
 
 @cache
@@ -138,7 +140,7 @@ def _attend(
     start = first
     for rows in pieces:
         stop = start + rows.shape[0]
-        scores = _products(q, rows[:, rows.shape[1] - width :].T)
+        scores = products(q, rows[:, rows.shape[1] - width :].T)
         if soft_cap:
             scores.mul_(softmax_scale / soft_cap).tanh_().mul_(soft_cap / math.log(2.0))
         else:
@@ -168,12 +170,12 @@ def _attend(
     return out.div_(total), lse.mul_(math.log(2.0))[:, 0], peak.mul_(math.log(2.0))[:, 0]
 
 
-def _products(q: Tensor, keys: Tensor) -> Tensor:
+def products(q: Tensor, keys: Tensor) -> Tensor:
     """``q keys`` in float32; of bfloat16 numbers to 2^-17, the rounding error of a rounding error.
 
     torch sums products of bfloat16 numbers in float32, and rounds the sum.
     """
-    if q.dtype == torch.float32:
+    if q.dtype != torch.bfloat16:
         return torch.mm(q, keys)
     rounded = torch.mm(q, keys)
     return rounded.float().add_(torch.addmm(rounded, q, keys, beta=-1))
