@@ -109,6 +109,11 @@ def test_what_an_engine_cannot_express_is_refused_by_name(text: Path, tmp_path: 
         with pytest.raises(UnsupportedModelError, match=reason) as raised:
             export(tmp_path / folder, tmp_path / "out")
         assert "--for transformers" in str(raised.value.remedy)
+    path = tmp_path / "own" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cache_format": "int4"}))
+    for to in ("vllm", "transformers-code"):
+        with pytest.raises(UnsupportedModelError, match="no cache in int4"):
+            export(tmp_path / "own", tmp_path / "out", to=to)
     with pytest.raises(UsageError, match="not a converted checkpoint"):
         export(own, tmp_path / "out")
     with pytest.raises(UsageError, match="none of"):

@@ -99,6 +99,13 @@ def test_sampled_rows_equal_single_runs(form: str) -> None:
     assert twice[0] != twice[1]
 
 
+def test_a_padding_token_outside_the_vocabulary() -> None:
+    model, padded = model_of("compress"), byte_tokenizer(pad_token="<pad>")
+    assert padded.pad_token_id == model.config.vocab_size
+    together = generate(model, padded, PROMPTS, max_new_tokens=4)
+    assert together.token_ids == generate(model, TOKENIZER, PROMPTS, max_new_tokens=4).token_ids
+
+
 def generate_again(first: Any, second: Any) -> Any:
     """``second`` with the clock readings of ``first``: all else must be equal."""
     clock = ("tokens_per_second", "prefill_seconds", "decode_seconds")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from mlakit.conversion.apply import convert
+from mlakit.engines import vllm_plugin
 from mlakit.engines.export import export
 from mlakit.engines.targets import OWN_CODE_DECODERS
-from mlakit.engines.vllm_plugin import servable_shape
+from mlakit.engines.vllm_plugin import fit, servable_shape
 from mlakit.errors import UnsupportedModelError
 from mlakit.families import read_model
 from mlakit.nn.hf import load
@@ -177,8 +179,8 @@ def test_what_cannot_be_fused_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_sizes_that_the_plugin_runs() -> None:
-    config = {
+def test_sizes_that_the_plugin_runs(caplog: Any, monkeypatch: Any) -> None:
+    config: dict[str, Any] = {
         "model_type": "mla_qwen3", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
         "mla_form": "compress", "kv_lora_rank": 300, "qk_rope_head_dim": 48,
@@ -196,3 +198,10 @@ def test_sizes_that_the_plugin_runs() -> None:
     newer = config | {"mlakit": {"format_version": 2}}
     with pytest.raises(UnsupportedModelError, match="format version 2, this mlakit reads 1"):
         servable_shape(newer, read_model(newer))
+    monkeypatch.setattr(vllm_plugin, "_platform", lambda: (False, False))
+    fit(SimpleNamespace(to_dict=lambda: config))
+    assert [record.getMessage()[:29] for record in caplog.records] == [
+        "vLLM's kernels take rows of 5"
+    ]
+    fit(SimpleNamespace(to_dict=lambda: config | {"cache_format": "int4"}))
+    assert "vLLM has no cache in int4" in caplog.text

@@ -202,6 +202,9 @@ def _obstacles(config: dict[str, Any], spec: ModelSpec, target: Target) -> list[
         and not types <= set(target.rope_types),
         "YaRN's factors are spelled in another way": not target.frequencies
         and any(r.attention_factor != 1.0 for r in ropes),
+        f"it has no cache in {config.get('cache_format')}, which the model was converted for": bool(
+            config.get("cache_format")
+        ),
         f"its latent norm is no identity in {config.get('dtype')}": config.get("dtype")
         not in target.dtypes,
     }

@@ -86,6 +86,13 @@ def fit(config: Any) -> None:
             widest,
             TARGET,
         )
+    if stored.get("cache_format"):
+        _log().warning(
+            "vLLM has no cache in %s, which this model was converted for: it caches numbers of"
+            " --kv-cache-dtype here, more bytes per token than the model card says (mlakit serve"
+            " caches as the card says)",
+            stored["cache_format"],
+        )
     config.kv_lora_ranks = None
     config.kv_lora_rank, config.qk_rope_head_dim = shape.rank, shape.rope
     config.qk_nope_head_dim, config.v_head_dim = shape.nope, shape.value

@@ -139,7 +139,7 @@ def generate(
     cost = _Cost()
     for start in range(0, len(rows), batch_size or len(rows)):
         batch = rows[start : start + (batch_size or len(rows))]
-        _run(model, tokenizer, batch, max_new_tokens, on_text, cost)
+        _run(model, batch, max_new_tokens, on_text, cost)
     return GenerationResult(
         texts=[row.text.stream.text for row in rows],
         token_ids=[row.text.token_ids for row in rows],
@@ -154,7 +154,6 @@ def generate(
 
 def _run(
     model: Any,
-    tokenizer: Any,
     rows: list[_Row],
     max_new_tokens: int,
     on_text: OnText | None,
@@ -162,7 +161,7 @@ def _run(
 ) -> None:
     """Writes one batch of rows to their ends."""
     started = _now(model)
-    ids, mask = _left_padded(rows, tokenizer.pad_token_id or 0, model.device)
+    ids, mask = _left_padded(rows, model.device)
     cache = new_cache(model, len(rows), ids.shape[1] + max_new_tokens)
     tokens = _step(model, ids, mask, cache, rows)
     cost.prefill_seconds += _now(model) - started
@@ -207,10 +206,13 @@ def _accept(rows: list[_Row], tokens: list[int], on_text: OnText | None) -> None
                 on_text(row.index, piece)
 
 
-def _left_padded(rows: list[_Row], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask ``[B, S]`` of prompts that end at the last column."""
+def _left_padded(rows: list[_Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[B, S]`` of prompts that end at the last column.
+
+    Padding is token 0, which every model embeds; a tokenizer's own may lie outside.
+    """
     length = max(len(row.prompt_ids) for row in rows)
-    ids = torch.full((len(rows), length), pad)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for place, row in enumerate(rows):
         ids[place, length - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)

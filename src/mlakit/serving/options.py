@@ -21,6 +21,9 @@ DEFAULTS: dict[str, Any] = {
 }
 """Of our own engine; for another one, what is not given is left to it."""
 
+SHARE_OF_MEMORY = 0.8
+"""Of the memory that is free beside the weights, what the pages take at most by default."""
+
 
 @dataclass(frozen=True)
 class ServeOptions:

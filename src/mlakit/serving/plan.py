@@ -12,7 +12,7 @@ from mlakit.errors import MlakitError, UsageError
 from mlakit.families import read_model
 from mlakit.families.model import tensor_shapes
 from mlakit.inspection.measure import format_bytes
-from mlakit.serving.options import DEFAULTS, ServeOptions
+from mlakit.serving.options import DEFAULTS, SHARE_OF_MEMORY, ServeOptions
 from mlakit.spec import BLOCK_SIZE, ModelSpec
 
 CONVERTED = "mla_"
@@ -112,7 +112,7 @@ def plan_cache(model: str | Path, options: ServeOptions) -> CachePlan:
     if pool is None:  # as the engine chooses
         pool = batch * -(-request // BLOCK_SIZE) * page
         free = free_bytes(device, weights)
-        pool = pool if free is None else min(pool, int(DEFAULT_SHARE * free))
+        pool = pool if free is None else min(pool, int(SHARE_OF_MEMORY * free))
     pages = pool // page
     if not pages:
         raise UsageError(
@@ -121,10 +121,6 @@ def plan_cache(model: str | Path, options: ServeOptions) -> CachePlan:
         )
     request = min(request, pages * BLOCK_SIZE)
     return CachePlan(options.called(model), weights, pages, pages * page, request, batch)
-
-
-DEFAULT_SHARE = 0.8
-"""The engine's own, of the memory that is free beside the weights."""
 
 
 def device_of(options: ServeOptions) -> str:

@@ -9,9 +9,7 @@ from mlakit.conversion.samples import free_memory
 from mlakit.errors import UsageError
 from mlakit.nn.hf import attention_specs
 from mlakit.nn.page_pool import PagePool
-
-SHARE_OF_MEMORY = 0.8
-"""Of the memory that is free once the model is loaded, what the pages take at most."""
+from mlakit.serving.options import SHARE_OF_MEMORY
 
 
 def make_pool(
