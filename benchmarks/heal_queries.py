@@ -5,7 +5,8 @@
 Writes results/heal_queries.json. Default conversions keep the source's ``q_proj`` and hold the
 keys' rotary up-projection on the queries' side, in ``q_up_proj``. Each conversion is healed with
 and without it, on the same windows in the same order, three seeds; measured on text that no run
-trains on. Runs that the JSON has are not repeated.
+trains on. The demo model's conversion is by algebra alone. Runs that the JSON has are not
+repeated.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,19 +30,38 @@ from mlakit.healing.run import heal
 
 RESULT = ROOT / "benchmarks" / "results" / "heal_queries.json"
 STORIES = SHARED / "data" / "tinystories"
-SOURCES: dict[str, tuple[Path, str, str, dict[str, Any]]] = {
-    "stories260k": (
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, its texts to train and to measure on, its conversions, and the length of a run."""
+
+    model: Path
+    text: str
+    held_out: str
+    ratios: tuple[float, ...]
+    convert: dict[str, Any]
+    size: dict[str, int]
+
+
+SOURCES = {
+    "stories260k": Source(
         SHARED / "models" / "stories260k",
         str(STORIES / "train.txt"),
         str(STORIES / "valid.txt"),
+        (0.5, 0.25),
+        {},
         {"steps": 60, "batch": 8, "sequence_length": 256},
     ),
-    "demo": (
-        DEMO, "builtin", "builtin:evaluation", {"steps": 30, "batch": 4, "sequence_length": 512},
+    "demo": Source(
+        DEMO,
+        "builtin",
+        "builtin:evaluation",
+        (0.28,),
+        {"refine_steps": 0},
+        {"steps": 16, "batch": 4, "sequence_length": 512},
     ),
-}  # fmt: skip
-"""Model, text to train on, text to measure on, length of a run."""
-RATIOS = (0.5, 0.25)
+}
 SEEDS = (0, 1, 2)
 ARMS = {
     "without q_up_proj": tuple(name for name in trainable.LATENT_KV if name != "q_up_proj"),
@@ -50,10 +71,10 @@ ARMS = {
 
 def measure(name: str, ratio: float, student: Path, seed: int, arm: str) -> dict[str, Any]:
     """One run."""
-    source, text, held_out, size = SOURCES[name]
-    recipe = Recipe(data=(text,), seed=seed, checks=3, patience=1000, **size)
+    source = SOURCES[name]
+    recipe = Recipe(data=(source.text,), seed=seed, checks=3, patience=1000, **source.size)
     with patch.object(trainable, "key_value_parts", lambda module: ARMS[arm]):
-        report = heal(student, teacher=source, recipe=recipe, held_out=held_out)
+        report = heal(student, teacher=source.model, recipe=recipe, held_out=source.held_out)
     healed = report.healed
     return {
         "model": name, "ratio": ratio, "arm": arm, "seed": seed, "trained": healed.trained,
@@ -84,8 +105,8 @@ def main() -> None:
     path = arguments.output
     record = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     with tempfile.TemporaryDirectory() as work:
-        for name, (source, text, _, _) in SOURCES.items():
-            for ratio in RATIOS:
+        for name, source in SOURCES.items():
+            for ratio in source.ratios:
                 student = Path(work) / f"{name}-{ratio}"
                 for seed in SEEDS:
                     for arm in ARMS:
@@ -93,8 +114,9 @@ def main() -> None:
                         if key in record["runs"]:
                             continue
                         if not student.exists():
-                            convert(source, student, cache_ratio=ratio, calibration=text,
-                                    calibration_tokens=8192, dtype="float32")  # fmt: skip
+                            convert(source.model, student, cache_ratio=ratio,
+                                    calibration=source.text, calibration_tokens=8192,
+                                    dtype="float32", **source.convert)  # fmt: skip
                         record["runs"][key] = measure(name, ratio, student, seed, arm)
                         record |= {"environment": environment(), "summary": summary(record["runs"])}
                         write_json_atomic(path, record)
