@@ -25,7 +25,14 @@ def table(found: Comparison) -> list[dict[str, str]]:
         title = found.method(point).title
         lines.append({"method": title if title != last else "", **_cells(point)})
         last = title
-    unused = {"read, %": "", "weights, %": "100", "tokens/s": "-", "first token": "-"}
+    unused = {
+        "read, %": "",
+        "weights, %": "100",
+        "recall, %": "n/a",
+        "question seen, %": "",
+        "tokens/s": "-",
+        "first token": "-",
+    }
     for column, usual in unused.items():
         if all(line[column] == usual for line in lines):
             for line in lines:
@@ -79,7 +86,7 @@ def notes(found: Comparison) -> list[str]:
         f"{found.windows} windows of {found.text.name}: {found.prefix_length:,} tokens are read "
         f"and their cache is compressed, then {found.suffix_length:,} more are scored through it",
         "brackets are 95 % intervals over windows; the tokens after the prefix stay exact in all "
-        "rows, and bytes are those held at its end",
+        "rows but LazyLLM, and bytes are those held at its end",
     ]
     if found.recall is not None:
         failing = [
