@@ -16,7 +16,7 @@ FLOORS = [
     {"cli"},
     {"api"},
     {"serving", "engines", "comparison"},
-    {"conversion.apply", "conversion.verify", "healing", "baselines"},
+    {"conversion.apply", "conversion.verify", "healing", "baselines", "theorem"},
     {"evaluation"},
     {"generation", "conversion", "benching"},
     {"reporting", "data", "inspection"},

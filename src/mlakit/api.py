@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlakit.nn.trace import track_shapes
     from mlakit.serving.http.serve import serve
     from mlakit.spec import CacheKind
+    from mlakit.theorem import prove
 
 __all__ = [
     "bench",
@@ -35,6 +36,7 @@ __all__ = [
     "heal",
     "inspect",
     "load",
+    "prove",
     "register",
     "serve",
     "track_shapes",
@@ -50,6 +52,7 @@ HOMES = {
     "heal": "mlakit.healing.run",
     "inspect": "mlakit.inspection",
     "load": "mlakit.nn.hf",
+    "prove": "mlakit.theorem",
     "register": "mlakit.nn.hf",
     "serve": "mlakit.serving.http.serve",
     "track_shapes": "mlakit.nn.trace",

@@ -27,6 +27,7 @@ from mlakit.cli import (
     generate,
     heal,
     inspect,
+    prove,
     serve,
     trace,
     verify,
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 for verb in (
     *(inspect, convert, verify, heal, eval, compare, export, generate, serve),
-    *(bench, trace, demo, doctor),
+    *(bench, trace, prove, demo, doctor),
 ):
     name = verb.__name__.rpartition(".")[2]
     app.command(name)(getattr(verb, name))
