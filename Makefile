@@ -8,7 +8,7 @@ CROSSCHECK_VENV ?= .venv-crosscheck
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all test-vllm test-crosscheck lint types numbers clean
+.PHONY: demo test test-all test-vllm test-crosscheck lint types numbers tour clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mlakit demo --output demo-out
@@ -54,6 +54,9 @@ types: $(VENV)/.installed
 
 numbers: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.page_numbers --write
+
+tour: $(VENV)/.installed
+	$(BIN)/python examples/run_tour.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlakit.healing.run import heal
     from mlakit.inspection import inspect
     from mlakit.nn.hf import load, register
+    from mlakit.nn.journey import LayerJourney
     from mlakit.nn.trace import track_shapes
     from mlakit.serving.http.serve import serve
     from mlakit.spec import CacheKind
@@ -39,6 +40,7 @@ __all__ = [
     "prove",
     "register",
     "serve",
+    "trace",
     "track_shapes",
     "verify",
 ]
@@ -124,6 +126,45 @@ def generate(
         chat=chat,
         on_text=on_text,
     )
+
+
+def trace(
+    model: str | Path | None = None,
+    text: str = "Once upon a time",
+    *,
+    heads: bool = False,
+    dtype: str | None = None,
+    device: str = "cpu",
+) -> tuple[list[LayerJourney], list[str]]:
+    """Every tensor that a text goes through in the attention layers, then one token more.
+
+    Args:
+        model: folder or hub id; the lesson's layer by default, 128 → 4 × 32 → 128.
+        text: what the model reads.
+        heads: keep what every head looked at, ``LayerJourney.weights``.
+        dtype: ``float32``, ``bfloat16``, ``float16``; the checkpoint's own by default.
+        device: ``cpu``, ``cuda`` ...
+
+    Returns:
+        One journey per layer for the text, then one per layer for the token; the text's tokens.
+
+    Raises:
+        UsageError: the text holds no token.
+        MlakitError: the checkpoint cannot be loaded.
+    """
+    from mlakit.errors import UsageError
+    from mlakit.nn.trace import trace_example, trace_model
+
+    if model is None:
+        return trace_example(keep_weights=heads).journeys, [f"token {k}" for k in range(6)]
+    from mlakit.evaluation import open_subject
+
+    subject = open_subject(model, dtype=dtype, device=device)
+    token_ids = subject.tokenizer(text)["input_ids"]
+    if not token_ids:
+        raise UsageError("--text holds no token", remedy='--text "Once upon a time"')
+    tracker = trace_model(subject.model, token_ids, keep_weights=heads)
+    return tracker.journeys, [str(subject.tokenizer.decode([token])) for token in token_ids]
 
 
 def doctor() -> dict[str, str]:

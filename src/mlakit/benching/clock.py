@@ -220,7 +220,7 @@ class Ceilings:
         read_gb_per_s: of a sum over memory, bytes read.
         matmul_tflops: of a square matrix product.
         matmul_dtype: its dtype, the fastest that there is for the kernels' numbers.
-        matmul_size: rows of its matrices.
+        matmul_size: rows of its matrices; 0 where a device's maker states all three.
     """
 
     copy_gb_per_s: float
@@ -232,6 +232,8 @@ class Ceilings:
     @property
     def matmul(self) -> str:
         """The product in words."""
+        if not self.matmul_size:
+            return f"{self.matmul_dtype}, stated"
         return f"{self.matmul_dtype} {self.matmul_size}³"
 
     @property

@@ -6,7 +6,7 @@ Williams, Waterman and Patterson, "Roofline", Communications of the ACM 52 (4), 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import matplotlib
@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from mlakit.account import DecodeCost, attention_cost
 from mlakit.benching.clock import Ceilings
 from mlakit.benching.problem import Shape
 from mlakit.benching.result import Bench, Point, ShapeResult
 from mlakit.benching.view import headline
-from mlakit.reporting.style import GRID, INK, QUIET, STYLE, WIDTH
+from mlakit.reporting.style import GRID, INK, QUIET, STYLE, WIDTH, number
+from mlakit.spec import AttentionSpec
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 """Okabe and Ito's, told apart by colour-blind readers; ours come first."""
@@ -39,6 +41,72 @@ def roofline(done: Bench) -> Figure:
         draw_roofline(axes, done.ceilings, done.shapes, published=done.published)
         axes.set_title(headline(done), fontsize=9, color=QUIET, pad=10)
     return figure
+
+
+def attention_roofline(
+    kinds: Mapping[str, AttentionSpec], ceilings: Ceilings, *, context: int, itemsize: int
+) -> Figure:
+    """Where kinds of attention stand while a token is decoded, by account: nothing is timed.
+
+    Left: the most that each can compute under the roofs. Right: the least time of one layer.
+
+    Args:
+        kinds: name and layer of each.
+        ceilings: of a device, measured or stated.
+        context: tokens in the cache.
+        itemsize: bytes per cached number.
+    """
+    costs = {name: attention_cost(spec, context, itemsize) for name, spec in kinds.items()}
+    places = [cost.intensity for cost in costs.values()]
+    ridge = 1e3 * ceilings.matmul_tflops / ceilings.gb_per_s
+    left, right = min(*places, ridge) / 9, max(*places, ridge) * 4
+    low, high = ceilings.roof(left) / 1.6, ceilings.matmul_tflops * 2.2
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.7), layout="constrained")
+        axes, bars = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1.5, 1]})
+        axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
+        axes.set_xlabel("arithmetic intensity, FLOP per byte of cache")
+        axes.set_ylabel("TFLOPS")
+        _ticks(axes, left, right, low, high)
+        _roofs(axes, ceilings, 1.0)
+        _stand(axes, costs, ceilings)
+        _least_times(bars, costs, ceilings)
+        bars.set_title(f"attention over {context:,} tokens", fontsize=9.5, color=QUIET)
+    return figure
+
+
+def _stand(axes: Axes, costs: Mapping[str, DecodeCost], ceilings: Ceilings) -> None:
+    """A dot on the roof for each kind, and what share of the arithmetic it can use."""
+    for (name, cost), colour in zip(costs.items(), COLOURS):
+        rate = ceilings.roof(cost.intensity)
+        axes.plot(cost.intensity, rate, "o", color=colour, markersize=8, zorder=4)
+        share = f"{100 * rate / ceilings.matmul_tflops:.2g} % of its arithmetic"
+        left = cost.intensity > math.sqrt(math.prod(axes.get_xlim()))  # where there is room
+        axes.annotate(
+            f"{name}, {share}", (cost.intensity, rate), (-9, 4) if left else (9, -10),
+            textcoords="offset points", fontsize=8, color=colour, ha="right" if left else "left",
+        )  # fmt: skip
+
+
+def _least_times(axes: Axes, costs: Mapping[str, DecodeCost], ceilings: Ceilings) -> None:
+    """Microseconds that the two roofs leave no way around, one bar a kind."""
+    seconds = [
+        cost.seconds(1e12 * ceilings.matmul_tflops, 1e9 * ceilings.gb_per_s)
+        for cost in costs.values()
+    ]
+    rows = range(len(seconds))
+    axes.barh(rows, [1e6 * value for value in seconds], color=COLOURS[: len(seconds)], height=0.6)
+    for row, value in zip(rows, seconds):
+        axes.annotate(
+            f"{number(1e6 * value)} µs", (1e6 * value, row), (5, 0), textcoords="offset points",
+            va="center", fontsize=9,
+        )  # fmt: skip
+    axes.set_yticks(rows, list(costs))
+    axes.invert_yaxis()
+    axes.margins(x=0.28)
+    axes.set_xlabel("least time per token and layer, µs")
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
 
 
 def draw_roofline(

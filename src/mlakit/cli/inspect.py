@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,12 +22,17 @@ def inspect(
     qk_rope_head_dim: Annotated[
         int | None, typer.Option(help="Its rotary size; default: the head size.")
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw what one token leaves in the cache of one layer, a PNG file."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a checkpoint costs: parameters, cache, decode.
 
     Counted from config.json and tensor headers alone: now, as MHA, as MQA and as MLA.
     """
+    from mlakit.account import ITEMSIZE
     from mlakit.inspection import inspect as examine
     from mlakit.inspection import print_inspection
 
@@ -38,6 +44,13 @@ def inspect(
         kv_lora_rank=kv_lora_rank,
         qk_rope_head_dim=qk_rope_head_dim,
     )
+    if picture is not None:
+        from mlakit.reporting.cached import draw_cached
+        from mlakit.reporting.files import write_file
+        from mlakit.reporting.style import as_png
+
+        kinds = {variant.attention: variant.layer for variant in found.variants}
+        write_file(picture, as_png(draw_cached(kinds, ITEMSIZE[found.dtype])))
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return

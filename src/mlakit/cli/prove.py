@@ -21,21 +21,16 @@ def prove(
     Theorem 1 of TransMLA, layer by layer: the factorisation that changes nothing, and what two
     heads of a group read together. Exit code 4 when the weights do not show it.
     """
-    from rich.console import Console
-
     from mlakit.errors import VerificationError
     from mlakit.reporting.files import write_file
     from mlakit.reporting.style import as_png
-    from mlakit.theorem import draw_proof, print_proof
+    from mlakit.theorem import draw_proof, tell_proof
     from mlakit.theorem import prove as measure
 
     found = measure(model)
     if picture is not None:
         write_file(picture, as_png(draw_proof(found)))
-    if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
-    else:
-        print_proof(found, Console())
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else tell_proof(found))
     if not found.holds:
         raise VerificationError(
             f"The weights of {found.source} do not show Theorem 1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +26,10 @@ def trace(
     heads: Annotated[
         bool, typer.Option("--heads", help="Show what every head looks at; for short texts.")
     ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw what every head looks at, a PNG file; with --layer larger."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
@@ -35,9 +40,11 @@ def trace(
 
     Shows every tensor's shape, meaning and bytes: of a text, then of one more token.
     """
+    from mlakit.api import trace as read
     from mlakit.nn.journey import heat_map, tell
 
-    journeys, tokens = _journeys(model, text, heads, device, dtype)
+    wanted = heads or picture is not None
+    journeys, tokens = read(model, text, heads=wanted, device=device, dtype=dtype)
     if layer is not None:
         names = list(dict.fromkeys(journey.layer for journey in journeys))
         if layer >= len(names):
@@ -46,33 +53,21 @@ def trace(
                 remedy=f"use --layer 0 to {len(names) - 1}",
             )
         journeys = [journey for journey in journeys if journey.layer == names[layer]]
+    texts = journeys[: len({journey.layer for journey in journeys})]
+    if picture is not None:
+        from mlakit.reporting.files import write_file
+        from mlakit.reporting.heads import draw_heads
+        from mlakit.reporting.style import as_png
+
+        write_file(picture, as_png(draw_heads(texts, tokens)))
     if as_json:
         typer.echo(json.dumps(_as_dict(journeys, tokens, heads), indent=2, ensure_ascii=False))
         return
     _print(tell(journeys))
     if heads:
-        for journey in journeys[: len({journey.layer for journey in journeys})]:
+        for journey in texts:
             typer.echo(f"\n{journey.layer}: who looks (lines) at whom (columns)")
             typer.echo(heat_map(journey, tokens))
-
-
-def _journeys(
-    model: str | None, text: str, heads: bool, device: str, dtype: str | None
-) -> tuple[list[LayerJourney], list[str]]:
-    """The journeys, and the tokens of the text."""
-    from mlakit.nn.trace import trace_example, trace_model
-
-    if model is None:
-        return trace_example(keep_weights=heads).journeys, [f"token {k}" for k in range(6)]
-    from mlakit.evaluation import open_subject
-
-    subject = open_subject(model, dtype=dtype, device=device)
-    tokenizer = subject.tokenizer
-    token_ids = tokenizer(text)["input_ids"]
-    if not token_ids:
-        raise UsageError("--text holds no token", remedy='--text "Once upon a time"')
-    tracker = trace_model(subject.model, token_ids, keep_weights=heads)
-    return tracker.journeys, [str(tokenizer.decode([token])) for token in token_ids]
 
 
 def _as_dict(journeys: list[LayerJourney], tokens: list[str], heads: bool) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Variant:
         longest_context: tokens per sequence that fit in memory beside the weights; None for any.
         flops_per_token: of one decoded token at that context.
         bytes_moved_per_token: weights (a batch shares them) and cache, at that context.
+        layer: the one that caches most, whole.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Variant:
     longest_context: int | None
     flops_per_token: float
     bytes_moved_per_token: float
+    layer: AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ class _Step:
             ),
             flops_per_token=cost.flops,
             bytes_moved_per_token=cost.nbytes,
+            layer=max(layers, key=lambda layer: layer.cache_width),
         )
 
 

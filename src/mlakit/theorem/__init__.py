@@ -2,6 +2,6 @@
 
 from mlakit.theorem.measure import Pairs, Proof, prove
 from mlakit.theorem.picture import draw_proof
-from mlakit.theorem.view import print_proof
+from mlakit.theorem.view import tell_proof
 
-__all__ = ["Pairs", "Proof", "draw_proof", "print_proof", "prove"]
+__all__ = ["Pairs", "Proof", "draw_proof", "prove", "tell_proof"]

@@ -213,7 +213,8 @@ def _grouped(reader: LayerReader, index: int) -> LayerProof:
             rank=_rank(torch.linalg.svdvals(repeated), noise),
             error=float((up @ down - repeated).abs().max() / repeated.abs().max()),
             grouped=_pairs(queries, each, groups, noise),
-            latent=_pairs(queries, orthogonal @ down, groups, noise),
+            # each factor carries the root of the singular values, and so the root of their noise
+            latent=_pairs(queries, orthogonal @ down, groups, noise**0.5),
         )
 
     return LayerProof(

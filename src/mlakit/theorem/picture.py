@@ -22,12 +22,12 @@ def draw_proof(found: Proof) -> Figure:
         _panel(left, layer, layer.keys, "keys: W_Qᵀ W_K of two heads")
         _panel(right, layer, layer.values, "values: W_V of two heads")
         left.set_ylabel("singular value, of the largest")
-        left.legend(loc="center left", fontsize=8.5)
+        left.legend(loc="center right", fontsize=8, handlelength=0.8, borderaxespad=0)
     return figure
 
 
 def _panel(axes: Axes, layer: LayerProof, side: Side, title: str) -> None:
-    latent = "latent, as it is" if side.grouped is None else "latent, orthogonal up-projections"
+    latent = "latent, as it is" if side.grouped is None else "latent, orthogonal"
     if side.grouped is not None:
         _line(axes, side.grouped, "grouped heads", SOURCE, "o")
     _line(axes, side.latent, latent, RESULT, "s")

@@ -1,38 +1,16 @@
-"""A proof in a terminal; tab-separated lines where there is none."""
+"""A proof as text: a line per layer, and below what its columns are."""
 
 from __future__ import annotations
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from mlakit.theorem.measure import LayerProof, Pairs, Proof, Side
 
 
-def print_proof(found: Proof, console: Console) -> None:
-    """Prints both halves of the theorem for every layer, and below what they mean."""
-    heads = _heads(found)
-    rows = [_cells(layer) for layer in found.layers]
-    if not console.is_terminal:
-        for line in (headline(found), "\t".join(heads), *("\t".join(row) for row in rows)):
-            console.file.write(line + "\n")
-        for line in explanation(found):
-            console.file.write(line + "\n")
-        return
-    table = Table(
-        title=Text(headline(found), style="bold"),
-        caption=Text("\n".join(explanation(found))),
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for head in heads:
-        table.add_column(Text(head), justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, highlight=False)
+def tell_proof(found: Proof) -> str:
+    """Both halves of the theorem for every layer, and what they mean."""
+    rows = [_heads(found), *map(_cells, found.layers)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["   ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    return "\n".join([headline(found), "", *lines, "", *explanation(found)])
 
 
 def headline(found: Proof) -> str:
@@ -49,32 +27,30 @@ def explanation(found: Proof) -> list[str]:
     """What the columns are, and the verdict."""
     layer = found.layers[0]
     width, bound = layer.groups * layer.head_dim, layer.head_dim
-    pairs = (
-        f"two heads: directions that two heads of a group read together; grouped heads never"
-        f" more than d = {bound}"
-    )
+    pairs = [
+        "two heads: directions that two heads of a group read together; grouped heads never more"
+        f" than d = {bound}"
+    ]
     if found.converted:
         verdict = (
-            f"reached: in every layer two heads read more than {bound} directions, out of reach"
-            " for grouped heads with this cache"
+            f"reached: in every layer two heads read more than {bound} directions, out of reach for"
+            " grouped heads with this cache"
             if found.more
             else "not yet: as converted it is the source's own function; mlakit heal trains the"
             " up-projections"
         )
-        return [
-            f"{pairs}; beyond: share of the energy past the first {bound}",
-            verdict,
-        ]
+        return [*pairs, f"beyond: share of their energy past the first {bound}", verdict]
     verdict = (
         "holds: the same cache, the same function, and more within reach"
         if found.holds
         else "does not show in these weights: see the layers above"
     )
     return [
-        f"rank: of W' = W_K (W_V) repeated for {layer.heads} heads; at most G d = {width}, which is"
-        " what both cache",
-        "error: largest of W' - W^b W^a in float64, of the largest entry of W'",
-        f"{pairs}, with orthogonal up-projections more",
+        f"rank: of W' = W_K (W_V) repeated for {layer.heads} heads; never more than G d = {width},"
+        " as many numbers as both cache",
+        "error: of its two factors' product in float64, relative to its largest entry",
+        *pairs,
+        "MLA: the same with orthogonal up-projections from the latent, before any training",
         verdict,
     ]
 
