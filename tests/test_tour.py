@@ -76,7 +76,7 @@ def test_every_question_has_one_answer() -> None:
 def test_arms_of_the_task_have_the_bytes_they_are_said_to_have() -> None:
     numbers = {arm.name: arm.numbers for arm in fine_grained.ARMS}
     assert [numbers[f"grouped {g}"] for g in (8, 4, 2, 1)] == [128, 64, 32, 16]
-    layer, cache = fine_grained.ARMS[-1].layer(), SimpleCache()
+    layer, cache = fine_grained.Arm("latent", 32).layer(), SimpleCache()
     layer(torch.randn(1, 5, fine_grained.HIDDEN), cache=cache)
     assert cache.nbytes // (5 * 4) == numbers["latent 32"] == numbers["grouped 2"] == 32
 
