@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,12 +73,21 @@ def test_long_prompts_take_the_blocks(form: str, monkeypatch: Any) -> None:
 
 
 def test_what_trains_is_left_to_torch() -> None:
-    query = torch.zeros(1, 1, BLOCK, 8)
-    assert attend.reads_in_blocks(query, None)
-    assert not attend.reads_in_blocks(query.requires_grad_(), None)
-    assert not attend.reads_in_blocks(query[:, :, 1:].detach(), None)
-    assert not attend.reads_in_blocks(query.detach(), None, is_causal=False)
-    assert not attend.reads_in_blocks(query.detach(), torch.zeros(1, 1, BLOCK, BLOCK))
+    query = torch.zeros(1, 2, BLOCK, 4)
+    with torch.no_grad():
+        assert attend.reads_in_blocks(query, None)
+        assert not attend.reads_in_blocks(query[:, :, 1:], None)
+        assert not attend.reads_in_blocks(query, None, is_causal=False)
+        assert not attend.reads_in_blocks(query, torch.zeros(1, 1, BLOCK, BLOCK))
+    assert not attend.reads_in_blocks(query, None)  # keys may train where queries do not
+    module = SimpleNamespace(
+        config=SimpleNamespace(_attn_implementation="sdpa"),
+        scaling=1.0, softcap=None, attention_dropout=0.0, training=True,
+    )  # fmt: skip
+    key, value = (torch.randn(1, 2, BLOCK, size, requires_grad=True) for size in (4, 3))
+    attend.attend(module, query, key, value, None)[0].sum().backward()
+    assert key.grad is not None and value.grad is not None
+    torch.testing.assert_close(value.grad.sum(), torch.tensor(2.0 * BLOCK * 3))
 
 
 @pytest.mark.parametrize("form", ["compress", "equal-cache"])

@@ -67,8 +67,8 @@ def attend(
 
 
 def reads_in_blocks(query: Tensor, attention_mask: Tensor | None, is_causal: bool = True) -> bool:
-    """Whether ``ops.cpu_prefill`` can take torch's place for queries ``[B, H, S, E]``."""
-    if query.device.type != "cpu" or query.requires_grad or query.shape[2] < BLOCK:
+    """Whether ``ops.cpu_prefill``, forward only, can take torch's place for ``[B, H, S, E]``."""
+    if query.device.type != "cpu" or torch.is_grad_enabled() or query.shape[2] < BLOCK:
         return False
     if attention_mask is None:
         return is_causal
