@@ -22,12 +22,14 @@ from mlakit.evaluation.quality import feed
 from mlakit.families import FAMILIES
 from mlakit.nn.hf import new_cache
 from mlakit.nn.rotary import rotate
+from mlakit.ops.cpu_prefill import prefill
 from mlakit.spec import ModelSpec
 
 NewCache = Callable[[PreTrainedModel, int, int], Cache]
 """Makes an empty cache for a model, a number of sequences and of tokens."""
 
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
+ATTENTION = {torch.nn.functional.scaled_dot_product_attention: "scale", prefill: "softmax_scale"}
+"""Who computes attention, and what they call the factor on scores."""
 
 
 class SeenQueries(TorchFunctionMode):
@@ -41,9 +43,9 @@ class SeenQueries(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Looks at attention and lets everything pass."""
         kwargs = kwargs or {}
-        if func is ATTENTION:
+        if func in ATTENTION:
             self.queries.append(args[0])
-            self.scale = kwargs.get("scale") or args[0].shape[-1] ** -0.5
+            self.scale = kwargs.get(ATTENTION[func]) or args[0].shape[-1] ** -0.5
         return func(*args, **kwargs)
 
 

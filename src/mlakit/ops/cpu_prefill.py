@@ -11,6 +11,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from mlakit.ops.cpu import precision, products
 
@@ -40,6 +41,11 @@ def prefill(
         ``[B, S, H, V]`` in query's dtype: sums in float32 of weights in query's dtype, or in
         float32 where the CPU has no products in it.
     """
+    inputs = (query, key, value)
+    if has_torch_function(inputs):  # seen by a TorchFunctionMode, as torch's own attention is
+        options = {"softmax_scale": softmax_scale, "visible": visible}
+        seen: Tensor = handle_torch_function(prefill, inputs, *inputs, **options)
+        return seen
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1])
     dtype = precision(query.dtype)
