@@ -28,7 +28,9 @@ from mlakit.spec import ModelSpec
 NewCache = Callable[[PreTrainedModel, int, int], Cache]
 """Makes an empty cache for a model, a number of sequences and of tokens."""
 
-ATTENTION = {torch.nn.functional.scaled_dot_product_attention: "scale", prefill: "softmax_scale"}
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+FACTORS = {ATTENTION: "scale", prefill: "softmax_scale"}
 """Who computes attention, and what they call the factor on scores."""
 
 
@@ -43,9 +45,9 @@ class SeenQueries(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Looks at attention and lets everything pass."""
         kwargs = kwargs or {}
-        if func in ATTENTION:
+        if func in FACTORS:
             self.queries.append(args[0])
-            self.scale = kwargs.get(ATTENTION[func]) or args[0].shape[-1] ** -0.5
+            self.scale = kwargs.get(FACTORS[func]) or args[0].shape[-1] ** -0.5
         return func(*args, **kwargs)
 
 

@@ -20,6 +20,9 @@ PROMPTS = (
 REFINE_STEPS = 20
 """Fewer than the default: two slow cores are to be done in two minutes."""
 
+CALIB_TOKENS, CALIB_WINDOW = 8192, 2048
+"""Less text than the default for the same reason, in windows as long."""
+
 
 def demo(
     output: Annotated[
@@ -60,7 +63,8 @@ def demo(
         _step(
             console,
             f"Less cache: mlakit convert DEMO -o {compressed} --cache-ratio {cache_ratio} "
-            f"--refine-steps {REFINE_STEPS}",
+            f"--refine-steps {REFINE_STEPS} --calib-tokens {CALIB_TOKENS} "
+            f"--calib-window {CALIB_WINDOW}",
         )
         with show_progress() as progress:
             convert(
@@ -68,6 +72,8 @@ def demo(
                 compressed,
                 cache_ratio=cache_ratio,
                 refine_steps=REFINE_STEPS,
+                calibration_tokens=CALIB_TOKENS,
+                calibration_window=CALIB_WINDOW,
                 progress=progress,
             )
             report = evaluate(

@@ -43,8 +43,9 @@ def prefill(
     """
     inputs = (query, key, value)
     if has_torch_function(inputs):  # seen by a TorchFunctionMode, as torch's own attention is
-        options = {"softmax_scale": softmax_scale, "visible": visible}
-        seen: Tensor = handle_torch_function(prefill, inputs, *inputs, **options)
+        seen: Tensor = handle_torch_function(
+            prefill, inputs, *inputs, softmax_scale=softmax_scale, visible=visible
+        )
         return seen
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1])
