@@ -21,7 +21,6 @@ from mlakit.reporting.plots import as_svg, draw
 from mlakit.reporting.schema import (
     Agreement,
     CacheSize,
-    Difference,
     Environment,
     Estimate,
     LayerError,
@@ -37,10 +36,10 @@ from mlakit.reporting.schema import (
     SpeedPoint,
     Stage,
     Text,
-    Verification,
 )
 from mlakit.reporting.summary import estimate, headline, number, percent, rows
 from mlakit.reporting.table import print_report, print_verification
+from mlakit.reporting.verified import Difference, Verification
 
 
 def summary(name: str, share: float) -> ModelSummary:

@@ -12,8 +12,9 @@ from mlakit.checkpoint import Checkpoint
 from mlakit.checkpoint.origin import front_matter, origin
 from mlakit.conversion.card import NOT_HEALED
 from mlakit.errors import MlakitError, UsageError
-from mlakit.reporting.schema import Report, Verification
+from mlakit.reporting.schema import Report
 from mlakit.reporting.summary import headline, rows
+from mlakit.reporting.verified import Verification
 
 UNMEASURED = "Nobody has measured this export against its source: `mlakit eval SOURCE CONVERTED`."
 

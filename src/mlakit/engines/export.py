@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from mlakit.evaluation import ModelLike
     from mlakit.evaluation.quality import TextLike
-    from mlakit.reporting.schema import Verification
+    from mlakit.reporting.verified import Verification
 
 OWN_CODE = ("transformers-code", "vllm-transformers")
 """The targets whose folders carry their own code."""

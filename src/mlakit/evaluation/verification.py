@@ -18,7 +18,7 @@ from mlakit.evaluation.quality import (
 )
 from mlakit.evaluation.subject import ModelLike, Subject, open_pair
 from mlakit.nn.hf import attention_specs, new_cache
-from mlakit.reporting.schema import Difference, Verification
+from mlakit.reporting.verified import Difference, Verification
 
 ROUNDING = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 """Root mean square logit difference, over the logits' deviation, that rounding alone explains.

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from mlakit.reporting.domains import disagreement
-from mlakit.reporting.schema import Estimate, Recall, Report, Verification
+from mlakit.reporting.schema import Estimate, Recall, Report
 from mlakit.reporting.style import number, percent
+from mlakit.reporting.verified import Verification
 
 KIND_WORDS = {"passkey": "passkey", "key_value": "key-value"}
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlakit.reporting.domains import disagreement
-from mlakit.reporting.schema import Report, Verification
+from mlakit.reporting.schema import Report
 from mlakit.reporting.summary import (
     Row,
     headline,
@@ -17,6 +17,7 @@ from mlakit.reporting.summary import (
     verification_headline,
     verification_rows,
 )
+from mlakit.reporting.verified import Verification
 
 
 def print_report(report: Report, console: Console) -> None:
