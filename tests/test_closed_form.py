@@ -232,7 +232,7 @@ def test_the_metric_is_the_measured_error_to_first_order(groups: int) -> None:
     assert float(measured / expected) == pytest.approx(1, abs=0.03)
 
 
-@pytest.mark.parametrize("scores", [1, 100, 10**6])
+@pytest.mark.parametrize("scores", [1, 120, 220])  # one query at a time, two, four
 def test_statistics_do_not_depend_on_the_pieces(
     monkeypatch: pytest.MonkeyPatch, scores: int
 ) -> None:
@@ -244,8 +244,8 @@ def test_statistics_do_not_depend_on_the_pieces(
         found, expected = (
             torch.as_tensor(getattr(part, field.name)).double() for part in (pieces, whole)
         )
-        # float32 products of one window: 2^-24 of their sum, in another order (measured: 1e-7)
-        assert (found - expected).norm() <= 1e-6 * expected.norm(), field.name
+        # the same float64 sums in another order (measured: 1.6e-16)
+        assert (found - expected).norm() <= 1e-14 * expected.norm(), field.name
 
 
 def test_capped_attention_does_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_capped_attention_does_not_depend_on_the_pieces(monkeypatch: pytest.Monk
         whole = attend(query, key, value, mask, spec)
         monkeypatch.setattr(observe, "SCORES", 50)
         pieces = attend(query, key, value, mask, spec)
-        # float64 sums in another order (measured: 2e-16)
+        # float64 sums in another order (measured: 1.1e-15 in 50 draws)
         torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-14)
         monkeypatch.undo()
 
