@@ -20,8 +20,8 @@ from mlakit.nn.hf import new_cache
 from mlakit.reporting.comparison import Family
 from mlakit.spec import AttentionSpec, ModelSpec
 
-CALIBRATION_TOKENS, CALIBRATION_WINDOW = 8192, 512
-"""Tokens that methods of this room calibrate on, and how many are read together."""
+CALIBRATION_TOKENS = 8192
+"""Tokens that methods of this room calibrate on."""
 
 
 class Setting(NamedTuple):
@@ -43,6 +43,7 @@ class Bench:
         calibration: texts to choose numbers on.
         seed: of everything random.
         train_steps: gradient steps of methods that exist only trained.
+        calibration_window: calibration tokens that are read together, less with a shorter context.
     """
 
     source: Subject
@@ -52,11 +53,12 @@ class Bench:
     calibration: tuple[Source, ...]
     seed: int
     train_steps: int = 0
+    calibration_window: int = 512
 
     @cached_property
     def calibration_ids(self) -> torch.Tensor:
         """Windows of the calibration texts ``[n, T]``, shared evenly among them."""
-        length = min(self.source.context, CALIBRATION_WINDOW)
+        length = min(self.source.context, self.calibration_window)
         count = max(1, CALIBRATION_TOKENS // length // len(self.calibration))
         tokenizer = self.source.tokenizer
         windows = [

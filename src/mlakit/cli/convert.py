@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlakit.cli.progress import show_progress
-from mlakit.conversion.amounts import WINDOW
+from mlakit.conversion.amounts import CALIBRATION_TOKENS, WINDOW
 from mlakit.conversion.goal import PARTS
 from mlakit.engines.targets import TARGETS
 from mlakit.errors import UsageError
@@ -90,7 +90,7 @@ def convert(
     ] = None,
     calib_tokens: Annotated[
         int, typer.Option(min=2, help="How many tokens of it all, at most.")
-    ] = 32768,
+    ] = CALIBRATION_TOKENS,
     calib_window: Annotated[
         int | None,
         typer.Option(

@@ -13,6 +13,8 @@ from mlakit.comparison.exam import Exam
 from mlakit.comparison.journal import Journal
 from mlakit.comparison.plan import BUDGETS, Plan, Steps, identity, make_plan
 from mlakit.comparison.points import make_point
+from mlakit.conversion.amounts import CALIBRATION_TOKENS
+from mlakit.conversion.domains import usual_window
 from mlakit.data import BUILTIN, Source, SourceLike, named_sources
 from mlakit.errors import MlakitError, UsageError
 from mlakit.evaluation import Subject, open_subject
@@ -113,7 +115,8 @@ def compare(
     parts = _parts(source, cut, calibrating) | {"recall": recall, "seed": seed, "speed": speed}
     journal = Journal(folder, identity(parts | {"versions": environment.versions}))
     exam = Exam(source, cut, seed=seed, recall=recall)
-    bench = Bench(source, spec, path, journal.models, calibrating, seed, train_steps)
+    window = usual_window(calibrating, CALIBRATION_TOKENS)
+    bench = Bench(source, spec, path, journal.models, calibrating, seed, train_steps, window)
     found = _Run(exam, bench, journal, speed, progress).measure(plan.steps)
     journal.close()
     measured = _comparison(exam, bench, plan, found, environment)

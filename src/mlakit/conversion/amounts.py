@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+CALIBRATION_TOKENS = 32768
+"""Tokens that are calibrated with unless told."""
+
 WINDOW = 2048
 """Tokens per calibration window, or the source's context if that is shorter. Losses grow with
 distance beyond it, so it is as long as time allows."""

@@ -14,6 +14,7 @@ from typing import Literal
 from mlakit.checkpoint import ShardWriter, open_checkpoint, require_free_space
 from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.checkpoint.writing import LOCK_NAME
+from mlakit.conversion.amounts import CALIBRATION_TOKENS
 from mlakit.conversion.goal import EqualCacheForm, Goal, Ranks
 from mlakit.conversion.plan import (
     ConversionPlan,
@@ -43,7 +44,7 @@ def convert(
     ranks: Ranks = "auto",
     cache_bits: int | Literal["auto"] = 16,
     calibration: SourceLike | Sequence[SourceLike] | None = None,
-    calibration_tokens: int = 32768,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     calibration_window: int | None = None,
     check: SourceLike | Sequence[SourceLike] | None = None,
     seed: int = 0,

@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 
 from mlakit.account import cache_bytes, parameters
 from mlakit.checkpoint import Checkpoint
-from mlakit.conversion.amounts import HELD_OUT, SHORT_WINDOW, TOKEN_BYTES, WINDOW
+from mlakit.conversion.amounts import (
+    CALIBRATION_TOKENS,
+    HELD_OUT,
+    SHORT_WINDOW,
+    TOKEN_BYTES,
+    WINDOW,
+)
 from mlakit.conversion.cost import Estimate
 from mlakit.conversion.cost.machine import CPU_FLOPS, CUDA_FLOPS
 from mlakit.data import BUILTIN, Source
@@ -90,10 +96,11 @@ def plan_texts(
     longest = tokens // (2 * len(sources))
     if longest < 2:
         raise UsageError(
-            f"--calib-tokens {tokens} is too few", remedy="give thousands; default 32768"
+            f"--calib-tokens {tokens} is too few",
+            remedy=f"give thousands; default {CALIBRATION_TOKENS}",
         )
     if window is None:
-        window = _usual_window(sources, tokens)
+        window = usual_window(sources, tokens)
     window = min(window, model.max_position_embeddings, longest)
     windows = tokens // window
     shares = [
@@ -111,7 +118,7 @@ def plan_texts(
     )
 
 
-def _usual_window(sources: Sequence[Source], tokens: int) -> int:
+def usual_window(sources: Sequence[Source], tokens: int) -> int:
     """The longest of which every text gives enough to hold some out, within limits."""
     each = tokens // len(sources)
     texts = [len(source.content.plain.encode()) for source in sources if not source.own]

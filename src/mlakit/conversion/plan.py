@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mlakit import __version__
 from mlakit.checkpoint import Checkpoint, write_json_atomic
 from mlakit.checkpoint.reading import PLAN_NAME
+from mlakit.conversion.amounts import CALIBRATION_TOKENS
 from mlakit.conversion.budget import engine_choice, narrowed, target_layer
 from mlakit.conversion.cautions import cautions
 from mlakit.conversion.cost import Estimate, forecast_cost
@@ -175,7 +176,7 @@ def make_plan(
     goal: Goal,
     *,
     calibration: SourceLike | Sequence[SourceLike] | None = None,
-    calibration_tokens: int = 32768,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     calibration_window: int | None = None,
     check: SourceLike | Sequence[SourceLike] | None = None,
     seed: int = 0,
