@@ -60,9 +60,9 @@ def test_a_trial_errs_as_the_uncut_student_does(case: str, tmp_path: Path, text:
     tensors = stored_tensors(new, reader.attention(1), spec, plan.layers[1])
     config: dict[str, Any] = converted_config(checkpoint.config, plan, reader.spec, 0)
     student = Student(config, 1, tensors, rope.kept.frequencies.tolist(), reader.device)
-    expected = student.error(observer.held_out)
+    expected = student.error(observer.held_out).share
     assert len(observer.held_out) == 2 and (expected > 1e-3 or spec.rope is None)
-    found = Trial(weights, spec, factor, observer.held_out).error(rope)
+    found = Trial(weights, spec, factor, observer.held_out).error(rope).share
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-9)  # float32, differently summed
 
 

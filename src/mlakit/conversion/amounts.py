@@ -38,3 +38,6 @@ VOCABULARY_SLICE = 8192
 
 CHECKS = 20
 """How often a refinement looks at the held-out error; the best state found is kept."""
+
+CHECK_STEPS = 5
+"""Steps between two checks, at least: a check costs about as much as one."""

@@ -81,10 +81,10 @@ class Judge:
         student = Student(self.config, index, tensors, turns, self.reader.device)
         if kind := self.plan.target.cache_format:
             round_latents(student.attention, kind)
-        found = {"error": student.error(seen)}
-        if self.plan.goal.has("downstream"):
-            metric = importance(self.sensed, index).to(self.reader.device)
-            found["kl"] = student.error(seen, metric) / 2
+        sensed = self.plan.goal.has("downstream")
+        metric = importance(self.sensed, index).to(self.reader.device) if sensed else None
+        wrong = student.error(seen, metric)
+        found = {"error": wrong.share} | ({"kl": wrong.felt / 2} if sensed else {})
         self.layers.append(found)
         model.layers[0].self_attn = student
         self.result.run(index, model)

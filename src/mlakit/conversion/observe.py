@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -297,3 +297,11 @@ class HeldOut:
     inputs: torch.Tensor
     outputs: torch.Tensor
     mask: torch.Tensor | None
+
+
+class Wrong(NamedTuple):
+    """Squared error of an output: its share of the variance of the source's, and its mean over
+    tokens in the metric that judges it; without one the share again."""
+
+    share: float
+    felt: float

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mlakit.conversion.adapt import stored_tensors
-from mlakit.conversion.amounts import CHECKS, STEP_TOKENS
+from mlakit.conversion.amounts import CHECK_STEPS, CHECKS, STEP_TOKENS
 from mlakit.conversion.calibrate import batch_size, split_held_out
 from mlakit.conversion.card import converted_config
 from mlakit.conversion.factor import Tensors
@@ -30,9 +30,6 @@ from mlakit.conversion.student import Student, layer_schedule
 
 LEARNING_RATE = 0.01
 """Adam's largest step, relative to the root mean square of each tensor."""
-
-SHORTEST = 5
-"""Steps between two checks, at least: a check costs about as much as one."""
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -111,13 +108,11 @@ class Refiner:
         return refined, {**facts, "error_before": before, "error": after}
 
     def _metric(self, index: int) -> torch.Tensor | None:
-        """``[D, D]`` float32, the root of ``G``: by it an error is as long as it matters."""
+        """``[D, D]`` float32: what an error costs, to second order, is half its square by it."""
         if self.sensitivity is None:
             return None
         self.sensitivity.collect()
-        matrix = importance(self.sensed, index).to(self.reader.device)
-        size, axes = torch.linalg.eigh(matrix)
-        return ((axes * size.clamp_min(0).sqrt()) @ axes.mT).float()
+        return importance(self.sensed, index).to(self.reader.device).float()
 
     def _collect_targets(self, index: int, model: Any) -> torch.Tensor | None:
         """Runs the source's layer on its own inputs; stores what its attention puts out."""
@@ -173,7 +168,7 @@ class Refiner:
             optimiser.zero_grad()
             errors.squares(rows).mean().backward()
             optimiser.step()
-            if step % max(SHORTEST, steps // CHECKS) == 0 or step == steps:
+            if step % max(CHECK_STEPS, steps // CHECKS) == 0 or step == steps:
                 found = errors.share(held_out)
                 if found < best:
                     best, kept = found, copy.deepcopy(attention.state_dict())
@@ -194,7 +189,7 @@ class Errors:
         student: the converted attention.
         norm: in front of attention.
         mask: that the family's layer gives its attention; None for causal attention.
-        metric: ``[D, D]``, applied to errors; None where all directions count the same.
+        metric: ``[D, D]``, of errors; None where all directions count the same.
         device: where the student is.
     """
 
@@ -207,20 +202,20 @@ class Errors:
     device: torch.device
 
     def squares(self, rows: Sequence[int]) -> torch.Tensor:
-        """Of these windows' errors, ``[b, T, D]``."""
+        """Of these windows' errors, ``[b, T, D]``, in the metric."""
         inputs = self.norm(self.inputs.windows(rows).to(self.device))
-        return self._felt(self.student(inputs, self.mask)[0] - self._targets(rows)).square()
+        return self._square(self.student(inputs, self.mask)[0] - self._targets(rows))
 
     @torch.no_grad()
     def share(self, rows: Sequence[int]) -> float:
         """Their mean over the variance of the source's output, one window at a time."""
         mean = sum(self._targets([row]).mean((0, 1)) for row in rows) / len(rows)
-        whole = [self._felt(self._targets([row]) - mean).square().mean() for row in rows]
+        whole = [self._square(self._targets([row]) - mean).mean() for row in rows]
         parts = [self.squares([row]).mean() for row in rows]
         return float(torch.stack(parts).mean()) / max(float(torch.stack(whole).mean()), 1e-30)
 
     def _targets(self, rows: Sequence[int]) -> torch.Tensor:
         return self.target.windows(rows).to(self.device)
 
-    def _felt(self, error: torch.Tensor) -> torch.Tensor:
-        return error if self.metric is None else error @ self.metric
+    def _square(self, error: torch.Tensor) -> torch.Tensor:
+        return error * (error if self.metric is None else error @ self.metric)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from mlakit.conversion.factor import Tensors
-from mlakit.conversion.observe import HeldOut
+from mlakit.conversion.observe import HeldOut, Wrong
 from mlakit.nn.configs import LatentConfig
 from mlakit.nn.hf import register
 from mlakit.nn.models import build_attention
@@ -98,24 +98,23 @@ class Student(nn.Module):
         return output, None
 
     @torch.no_grad()
-    def error(self, windows: Sequence[HeldOut], importance: torch.Tensor | None = None) -> float:
-        """Squared error of the output on held-out windows.
+    def error(self, windows: Sequence[HeldOut], importance: torch.Tensor | None = None) -> Wrong:
+        """What the output misses on held-out windows.
 
         Args:
             windows: inputs and outputs of the source's layer.
             importance: ``[D, D]`` float64, a metric of the output.
-
-        Returns:
-            Its mean over tokens in this metric; without one over the variance of the source's.
         """
-        wrong, whole, tokens = 0.0, 0.0, 0
+        plain, felt, whole, tokens = 0.0, 0.0, 0.0, 0
         mean = torch.stack([window.outputs.mean(0) for window in windows]).mean(0)
         for window in windows:
             mask = None if window.mask is None else window.mask[None, None]
             output = self(window.inputs[None], mask)[0][0]
             change = (output - window.outputs).double()
-            felt = change if importance is None else change @ importance
-            wrong += float((felt * change).sum())
+            plain += float(change.square().sum())
             whole += float((window.outputs - mean).double().square().sum())
             tokens += len(change)
-        return wrong / (max(whole, 1e-30) if importance is None else tokens)
+            if importance is not None:
+                felt += float(((change @ importance) * change).sum())
+        share = plain / max(whole, 1e-30)
+        return Wrong(share, share if importance is None else felt / tokens)

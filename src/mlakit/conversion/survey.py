@@ -27,7 +27,7 @@ from mlakit.conversion.calibrate import batch_size, layer_weights, split_held_ou
 from mlakit.conversion.card import converted_config
 from mlakit.conversion.closed_form import Axes, Rope
 from mlakit.conversion.factor import AttentionWeights
-from mlakit.conversion.observe import HeldOut, Observer, Statistics, felt_output
+from mlakit.conversion.observe import HeldOut, Observer, Statistics, Wrong, felt_output
 from mlakit.conversion.plan import ConversionPlan, Progress, resized
 from mlakit.conversion.rotate import KeptRope
 from mlakit.conversion.sensitivity import Sensitivity
@@ -230,19 +230,18 @@ class Survey:
         schedules: Sequence[torch.Tensor | None],
     ) -> tuple[Rope, dict[str, Any]]:
         """The rotations to keep, judged by the held-out error before any rank is cut."""
-        best, chosen = float("inf"), None
+        best: Wrong | None = None
         for schedule in schedules:
             for shrinkage in SHRINKAGES if self.goal.has("phase") else (0.0,):
                 rope = self._rope(layer, rope_dim, schedule, shrinkage)
                 error = trial.error(rope, layer.importance)
-                if error < best:
-                    best, chosen = error, (rope, shrinkage)
-        assert chosen is not None
-        rope, shrinkage = chosen
-        facts: dict[str, Any] = {"shrinkage": shrinkage}
-        if layer.importance is None:
-            return rope, {**facts, "rope_error": best}
-        return rope, {**facts, "rope_error": trial.error(rope), "rope_kl": best / 2}
+                if best is None or error.felt < best.felt:
+                    best, chosen, facts = error, rope, {"shrinkage": shrinkage}
+        assert best is not None
+        facts["rope_error"] = best.share
+        if layer.importance is not None:
+            facts["rope_kl"] = best.felt / 2
+        return chosen, facts
 
     def _observe(self, index: int) -> Layer:
         """Runs a layer on its stored inputs, and stores the next layer's."""

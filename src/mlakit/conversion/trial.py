@@ -14,7 +14,7 @@ import torch
 from mlakit.conversion.calibrate import attend
 from mlakit.conversion.closed_form import Rope
 from mlakit.conversion.factor import AttentionWeights
-from mlakit.conversion.observe import HeldOut, turn_factor
+from mlakit.conversion.observe import HeldOut, Wrong, turn_factor
 from mlakit.spec import AttentionSpec
 
 
@@ -63,25 +63,23 @@ class Trial:
         self.variance = max(float(torch.stack(squares).sum()), 1e-30)
 
     @torch.no_grad()
-    def error(self, rope: Rope, importance: torch.Tensor | None = None) -> float:
-        """Squared error of the block's output.
+    def error(self, rope: Rope, importance: torch.Tensor | None = None) -> Wrong:
+        """What the block's output misses with this candidate.
 
         Args:
             rope: the candidate.
             importance: ``[D, D]`` float64, a metric of the output.
-
-        Returns:
-            Its mean over tokens in this metric; without one over the variance of the source's.
         """
-        wrong, tokens = 0.0, 0
+        plain, felt, tokens = 0.0, 0.0, 0
         for window in self.windows:
             heads = self._attend(window, rope).transpose(0, 1).flatten(1)
-            out = heads @ self.output[:, :-1].mT + self.output[:, -1]
-            change = out - window.output
-            felt = change if importance is None else change @ importance.float()
-            wrong += float((felt * change).sum(dtype=torch.float64))
+            change = heads @ self.output[:, :-1].mT + self.output[:, -1] - window.output
+            plain += float(change.square().sum(dtype=torch.float64))
             tokens += len(change)
-        return wrong / (self.variance if importance is None else tokens)
+            if importance is not None:
+                felt += float(((change @ importance.float()) * change).sum(dtype=torch.float64))
+        share = plain / self.variance
+        return Wrong(share, share if importance is None else felt / tokens)
 
     def _attend(self, window: Heads, rope: Rope) -> torch.Tensor:
         """What each head reads, ``[H, T, d]``."""

@@ -59,6 +59,11 @@ class Dimensions:
     held_out: int
     vocabulary: int
 
+    @property
+    def widest(self) -> int:
+        """The largest R that is looked at."""
+        return max(self.ropes, default=self.rope)
+
 
 def dimensions(plan: ConversionPlan, model: ModelSpec, device: str) -> Dimensions:
     """Reads them off; the widest layer stands for all."""

@@ -78,24 +78,40 @@ def _observing(size: Dimensions, attention: bool) -> Parts:
             "float32 weights": 4 * size.shared,
             "attention of a window": _scores(size, 6),
             "heads of a window": 4 * 8 * size.query * size.window,
-            "metric of outputs": 8 * size.hidden**2,
+            "metric of outputs": _metric(size),
             "held-out windows": 2 * 4 * size.hidden * size.held_out,
         }
     return parts
 
 
+def _metric(size: Dimensions) -> int:
+    """Of a layer's outputs, and what the heads feel of it."""
+    return 8 * size.hidden**2 + 4 * size.hidden * size.query
+
+
+def _turned(size: Dimensions, tokens: int) -> int:
+    """Queries or keys of all heads with and without rotation, float32, at the widest."""
+    return 4 * size.heads * (size.head + size.widest) * tokens
+
+
+def _kept(size: Dimensions) -> int:
+    """Holes that the C library keeps of freed blocks below its largest threshold for pages of
+    their own: measured with and without it, four to eight of the largest."""
+    return 6 * min(_turned(size, size.window), 32 * 2**20)
+
+
 def _choosing(size: Dimensions) -> Parts:
     heads = 4 * (size.query + size.width + size.hidden) * size.held_out
-    value_metric = 8 * (2 * size.query**2 + size.hidden * size.query)
+    value_metric = 8 * 2 * size.query * (size.query + size.hidden)
     axes = 8 * (2 * size.width * size.hidden + 6 * size.width**2)
-    tried = 4 * 8 * size.heads * (size.head + size.rope) * size.window
-    trial = 4 * size.source + heads + tried
+    trial = 4 * size.source + heads + 5 * _turned(size, size.window)
     return {
         "float64 weights": 8 * size.source,
         "moments": 2 * 8 * (size.hidden + 1) ** 2,
-        "metric of outputs": 8 * size.hidden**2,
+        "metric of outputs": _metric(size),
         "held-out windows": 2 * 4 * size.hidden * size.held_out,
         "trial, metric of values or axes": max(trial, value_metric, axes),
+        "freed and kept": _kept(size),
     }
 
 
@@ -121,13 +137,13 @@ def _writing(size: Dimensions) -> Parts:
 
 
 def _refining(size: Dimensions) -> Parts:
-    tokens = max(min(STEP_TOKENS, size.tokens), size.window)
-    saved = 4 * (3 * size.hidden + 16 * size.heads * (size.head + size.rope))
+    tokens = max(min(STEP_TOKENS, size.tokens - size.held_out), size.window)
     return {
         "layer": _layer(size),
         "float64 layer": 8 * (size.target - size.query * size.hidden),
         "converted layer and its best state": 2 * 4 * size.target,
         "gradients and Adam": 3 * 4 * size.target,
-        "saved for the way down": tokens * saved,
+        "saved for the way down": 4 * 3 * size.hidden * tokens + 8 * _turned(size, tokens),
+        "freed and kept": _kept(size),
         "metric of outputs": 3 * 4 * size.hidden**2,
     }
