@@ -4,10 +4,10 @@
 
 Writes results/conversion_quality.json, docs/conversion_quality.md and docs/conversion_quality.png.
 Conversions of real checkpoints at equal cache bytes; all methods see the same calibration windows,
-which the seed chooses (and the order of the refinement's steps). Test text is only ever scored:
-nothing is chosen on it. Models that know no text we have are calibrated and tested on separate
-samples of their own. Every window is scored in one pass, in which converted models expand keys and
-values from the latents they would cache.
+as long as those that are scored; the seed chooses them (and the order of the refinement's steps).
+Test text is only ever scored: nothing is chosen on it. Models that know no text we have are
+calibrated and tested on separate samples of their own. Every window is scored in one pass, in which
+converted models expand keys and values from the latents they would cache.
 
 What the JSON has for the same code is not measured again, so a run that was cut off goes on where
 it was, and ``--merge FILE`` takes in what another machine or checkout measured. After a change of
@@ -165,7 +165,8 @@ def measure(case: Case, cell: Cell, goal: dict[str, float], work: Path) -> dict[
         started = time.perf_counter()
         plan = convert(
             case.folder, folder, calibration=case.calibration, seed=cell.seed,
-            calibration_tokens=CALIBRATION_TOKENS, dtype="float32", **goal, **cell.options,
+            calibration_tokens=CALIBRATION_TOKENS, calibration_window=case.windows.shape[1],
+            dtype="float32", **goal, **cell.options,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         scores = log_probabilities(Path(folder), case.windows)
