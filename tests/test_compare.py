@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mlakit.reporting.answers import best_at, smallest, tied, within_one_percent
 from mlakit.reporting.comparison import FAMILY_WORDS, Comparison, MethodEntry, Pace, Point
 from mlakit.reporting.comparison_page import render_comparison
 from mlakit.reporting.comparison_rows import table
-from mlakit.reporting.pareto import pareto_front
+from mlakit.reporting.pareto import pareto, pareto_front
 from mlakit.reporting.schema import (
     Environment,
     Estimate,
@@ -268,6 +269,17 @@ def test_a_winner_that_forgets_is_said_to() -> None:
 def test_the_front_is_what_nothing_beats() -> None:
     a, b, c = point("a", 0.5, [0.1]), point("b", 0.25, [0.3]), point("c", 0.5, [0.2])
     assert pareto_front([a, b, c]) == [b, a]
+
+
+def test_names_in_the_picture_stand_apart_and_the_legend_fits() -> None:
+    many = [point(f"{n} " + "m" * n, 0.4 + n / 1e3, [0.1 - n / 1e4]) for n in range(30)]
+    figure = pareto(made(ORIGINAL, *many))
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) >= 2 and not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    inside = figure.axes[0].get_window_extent()
+    assert all(inside.contains(*box.min) and inside.contains(*box.max) for box in boxes)
+    legend = figure.legends[0].get_window_extent()
+    assert figure.bbox.contains(*legend.min) and figure.bbox.contains(*legend.max)
 
 
 def test_a_page_table_comes_from_what_is_kept() -> None:

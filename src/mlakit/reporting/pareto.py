@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 from mlakit.reporting.answers import mean_recall
 from mlakit.reporting.comparison import FAMILY_WORDS, Comparison, Family, Point
@@ -32,6 +35,15 @@ COLOURS: dict[Family, str] = {
 MARKERS = "osD^vPX<>h*"
 FLOOR = 1e-5
 """KL below this is drawn here: float rounding, not the method."""
+LEGEND_LINE = 0.162
+"""Inches that a line of the legend takes."""
+PLACES = (
+    ((-7, 3), "right", "bottom"),
+    ((7, -3), "left", "top"),
+    ((-7, -3), "right", "top"),
+    ((7, 3), "left", "bottom"),
+)
+"""Where a name may stand: points from its own, and which of its corners is there; best first."""
 
 
 def pareto_front(points: list[Point]) -> list[Point]:
@@ -47,13 +59,15 @@ def pareto(found: Comparison) -> Figure:
     """KL and, where there are questions, recall against cache bytes per token."""
     with matplotlib.rc_context(STYLE):
         asked = mean_recall(found.original) is not None
-        figure = Figure(figsize=(8.6, 6.9 if asked else 4.9), layout="constrained")
+        legend = _legend(found)
+        height = max(6.9 if asked else 4.9, LEGEND_LINE * (len(legend) + 2))
+        figure = Figure(figsize=(8.6, height), layout="constrained")
         panels = figure.subplots(
             2 if asked else 1, 1, sharex=True, squeeze=False,
             gridspec_kw={"height_ratios": [2.1, 1] if asked else [1]},
         )[:, 0]  # fmt: skip
         _lines(panels[0], found, lambda p: max(p.kl_mean.value, FLOOR), intervals=True)
-        _front(panels[0], found)
+        names = _front(panels[0], found)
         panels[0].set_yscale("log")
         panels[0].invert_yaxis()
         panels[0].set_ylabel("KL to the original, nats per token (better is up)")
@@ -63,9 +77,11 @@ def pareto(found: Comparison) -> Figure:
             panels[1].set_ylabel("questions answered, %")
         _bytes_axis(panels[-1], panels[0], found)
         figure.legend(
-            handles=_legend(found), loc="outside right upper", fontsize=8, labelspacing=0.32,
+            handles=legend, loc="outside right upper", fontsize=8, labelspacing=0.32,
             handlelength=1.2,
         )  # fmt: skip
+        figure.draw_without_rendering()
+        _make_room(panels[0], names)
     return figure
 
 
@@ -109,7 +125,7 @@ def _lines(
     axes.axvline(found.original.bytes_per_token, color=INK, linewidth=0.9, linestyle=":", zorder=1)
 
 
-def _front(axes: Axes, found: Comparison) -> None:
+def _front(axes: Axes, found: Comparison) -> list[Annotation]:
     """The line of the best, and the names of the points on it."""
     names = _drawn(found)
     front = pareto_front([p for p in found.points if p.method in names])
@@ -118,19 +134,44 @@ def _front(axes: Axes, found: Comparison) -> None:
         [max(p.kl_mean.value, FLOOR) for p in front],
         color=GRID, linewidth=6, solid_capstyle="round", zorder=0,
     )  # fmt: skip
-    least = min(p.bytes_per_token for p in front) if front else 1.0
-    middle = (least * found.original.bytes_per_token) ** 0.5
-    for point in front:
-        left = point.bytes_per_token < middle**0.5 * least**0.5  # no room before the axis
+    return [
         axes.annotate(
             found.title(point),
             (point.bytes_per_token, max(point.kl_mean.value, FLOOR)),
-            (7, -10) if left else (-7, 5),
+            PLACES[0][0],
             textcoords="offset points",
             fontsize=7.5,
-            ha="left" if left else "right",
+            in_layout=False,  # or a long one would take the axes' room
             color=_style(found, point.method)[0],
         )
+        for point in front
+    ]
+
+
+def _make_room(axes: Axes, names: list[Annotation]) -> None:
+    """Puts each name beside its point; one without room goes, as the legend has it too."""
+    inside = axes.get_window_extent()
+    taken: list[Bbox] = []
+    markers = [
+        axes.transData.transform(np.asarray(line.get_xydata())[0])
+        for line in axes.lines
+        if line.get_marker() not in ("None", "", None)
+    ]
+    for name in names:
+        free = {}
+        for place in PLACES:
+            name.xyann, across, up = place
+            name.set(ha=across, va=up)
+            box = name.get_window_extent()
+            fits = inside.contains(*box.min) and inside.contains(*box.max)
+            if fits and not any(box.overlaps(other) for other in taken):
+                free[place] = sum(box.contains(*marker) for marker in markers)
+        if not free:
+            name.remove()
+            continue
+        name.xyann, across, up = min(free, key=free.__getitem__)
+        name.set(ha=across, va=up)
+        taken.append(name.get_window_extent())
 
 
 def _bytes_axis(bottom: Axes, top: Axes, found: Comparison) -> None:

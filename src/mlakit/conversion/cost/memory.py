@@ -19,6 +19,9 @@ from mlakit.conversion.cost.dimensions import Dimensions
 LIBRARIES = 370 * 2**20
 """Own pages of Python with torch, transformers and a tokenizer loaded."""
 
+HEAP_BLOCK = 32 * 2**20
+"""Bytes from which the C library always takes pages for a block alone."""
+
 Parts = dict[str, int]
 
 
@@ -95,9 +98,10 @@ def _turned(size: Dimensions, tokens: int) -> int:
 
 
 def _kept(size: Dimensions) -> int:
-    """Holes that the C library keeps of freed blocks below its largest threshold for pages of
-    their own: measured with and without it, four to eight of the largest."""
-    return 6 * min(_turned(size, size.window), 32 * 2**20)
+    """Holes that the C library keeps of freed blocks: measured with and without it, four to eight
+    of the largest. From a threshold on blocks are pages of their own, which leave none."""
+    block = _turned(size, size.window)
+    return 6 * block if block < HEAP_BLOCK else 0
 
 
 def _choosing(size: Dimensions) -> Parts:
