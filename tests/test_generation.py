@@ -225,6 +225,19 @@ def test_spaces_of_a_sentencepiece_vocabulary_survive() -> None:
     assert TextStream(wrapped, [0], ()).push(1) == "Once"
 
 
+def test_a_prompt_is_not_read_from_amid_a_character() -> None:
+    """Only its last tokens are, and a decoder of bytes spoils a run that begins within one."""
+    vocabulary = {"<s>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "▁a": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    text = TextStream(wrapped, [0, *(byte + 1 for byte in "龘龘龘".encode())], ())
+    pieces = [text.push(token) for token in [*(byte + 1 for byte in "龍".encode()), 257]]
+    assert pieces == ["", "", "龍", " a"]
+
+
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
 
 
@@ -304,6 +317,8 @@ def test_sampling_follows_the_probabilities() -> None:
     assert shares(1.0, 0, 0.7) == pytest.approx([0.0, *two, 0.0], abs=1e-3)
     assert shares(1.0, 1, 1.0) == shares(1.0, 0, 0.0) == [0.0, 1.0, 0.0, 0.0]
     assert choose_tokens(logits, None, 0.0, 0, 1.0).tolist() == [1]
+    for temperature in (1e-5, 1e-307, 5e-324):
+        assert shares(temperature, 0, 1.0) == shares(temperature, 2, 0.5) == [0.0, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (0, 0.9), (0, 0.999), (7, 1.0), (9000, 0.5)])

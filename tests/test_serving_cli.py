@@ -28,6 +28,8 @@ from mlakit.serving.engine import Engine
 from mlakit.serving.handover import KEY
 from mlakit.serving.http.serve import serve
 from mlakit.serving.http.server import listen
+from mlakit.serving.options import KEY as OWN_KEY
+from mlakit.serving.options import ServeOptions
 from mlakit.serving.plan import CachePlan, pool_bytes
 from serving_http import TEMPLATE, small_model, tokenizer_with
 from test_generation import model_of
@@ -166,6 +168,28 @@ def test_memory_is_bytes_or_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("much", "0", "0%", "150%", "-1"):
         with pytest.raises(UsageError):
             pool_bytes(wrong, "cpu")
+
+
+def test_a_blank_key_is_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable of a shell must not open a server whose owner asked for a key."""
+    monkeypatch.delenv(OWN_KEY, raising=False)
+    assert ServeOptions().key is None
+    for blank in ("", "  "):
+        with pytest.raises(UsageError, match="blank"):
+            serve("nowhere", api_key=blank)
+    monkeypatch.setenv(OWN_KEY, " ")
+    with pytest.raises(UsageError, match="blank"):
+        serve("nowhere")
+    monkeypatch.setenv(OWN_KEY, "")
+    assert ServeOptions().key is None
+
+
+def test_a_folder_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small").mkdir()
+    monkeypatch.chdir(tmp_path / "small")
+    assert ServeOptions().called(".") == ServeOptions().called("../small/inner/..") == "small"
+    assert ServeOptions().called("org/model") == "model"
+    assert ServeOptions(name="mine").called(".") == "mine"
 
 
 def test_what_cannot_be_served_is_refused(folder: Path, tmp_path: Path) -> None:

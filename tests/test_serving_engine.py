@@ -148,6 +148,7 @@ class Faulty:
         self.model = model
         self.fails = lambda ids: False
         self.spoils = lambda ids: None
+        self.spoilt = float("nan")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -158,7 +159,7 @@ class Faulty:
         output = self.model(**given)
         rows = self.spoils(given["input_ids"])
         if rows is not None:
-            output.logits[rows] = float("nan")
+            output.logits[rows, ..., 3] = self.spoilt
         return output
 
 
@@ -216,8 +217,10 @@ def test_a_spoilt_page_is_not_shared() -> None:
     assert second.last.cached_tokens == 0
 
 
-def test_logits_that_are_not_numbers_end_their_own_request_only() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_numbers_end_their_own_request_only(value: float) -> None:
     model = Faulty(model_of("compress"))
+    model.spoilt = value
     watched = Watched(model, TOKENIZER)
     listeners = [watched.submit(prompt, GREEDY)[1] for prompt in ("hello there", "abc")]
     watched.step()

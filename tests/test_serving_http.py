@@ -252,3 +252,12 @@ def test_figures_count_what_was_done(server: Running) -> None:
     assert gained["mlakit_per_token_seconds_count"] == 2
     assert gained["mlakit_prefix_pages_found_total"] == 1
     assert after["mlakit_requests_running"] == after["mlakit_requests_waiting"] == 0
+
+
+def test_what_one_choice_computes_is_not_found_for_another() -> None:
+    """``cached_tokens`` is of the prompt, which several choices share."""
+    with running(small_model(), TOKENIZER, block_size=16) as server:
+        body = {"prompt": "one page of sixteen tokens", "max_tokens": 3, "n": 4}
+        for found in (0, 16):
+            usage = server.post("/v1/completions", **body).json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == found

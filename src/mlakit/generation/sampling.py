@@ -90,7 +90,9 @@ def choose_tokens(
     """
     if draws is None:
         return logits.argmax(dim=-1)
-    scaled, draws = logits.double() / temperature, draws.to(logits.device).unsqueeze(1)
+    levels = logits.double()  # below the largest, so that no temperature takes them to infinity
+    scaled = (levels - levels.amax(dim=-1, keepdim=True)) / temperature
+    draws = draws.to(logits.device).unsqueeze(1)
     probabilities, order = _likeliest(scaled, top_k, draws if top_p == 1 else draws * 0 + top_p)
     if top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities

@@ -26,6 +26,8 @@ class TextStream:
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
         self.ids = list(prompt_ids[-PROMPT_TAIL:])
+        while self.ids and self._decode(self.ids).startswith("\ufffd"):  # amid a character: some
+            del self.ids[0]  # decoders spoil all bytes of a run that does not begin at one
         self.start, self.read = 0, len(self.ids)
         self.held = ""
         self.text = ""

@@ -277,7 +277,7 @@ class Engine:
         fault = ""
         try:
             logits = self._forward(chunk)
-            spoilt = logits.isnan().any(dim=-1).tolist()
+            spoilt = (~logits.amax(dim=-1).isfinite()).tolist()  # NaN is the largest of all
         except Exception as error:  # the fault of one of them, or memory for so many
             logging.getLogger(__name__).exception("a step of %d requests failed", len(chunk))
             fault = _reason(error)

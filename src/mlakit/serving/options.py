@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlakit.errors import UsageError
 from mlakit.spec import CacheKind
 
 KEY = "MLAKIT_API_KEY"
@@ -67,9 +68,18 @@ class ServeOptions:
 
     @property
     def key(self) -> str | None:
-        """The API key, from here or from the environment."""
-        return self.api_key or os.environ.get(KEY) or None
+        """The API key, from here or from the environment; an empty variable is none.
+
+        Raises:
+            UsageError: the one from here is blank, as an unset variable of a shell is, or the
+                environment's is only spaces: nobody may believe in a lock that is not there.
+        """
+        key = os.environ.get(KEY) or None if self.api_key is None else self.api_key
+        if key is not None and not key.strip():
+            raise UsageError("the API key is blank", remedy="give one, or none for an open server")
+        return key
 
     def called(self, model: str | Path) -> str:
         """What requests call the model."""
-        return self.name or Path(model).name
+        last = Path(model).name
+        return self.name or (Path(model).resolve().name if last in ("", "..") else last)

@@ -199,7 +199,7 @@ class Service:
         self, request: Request, asked: GenerationFields, jobs: Sequence[Job], writer: Writer
     ) -> Response:
         record: Record = request.state.record
-        record.stream, record.user = bool(asked.stream), asked.user
+        record.stream, record.user, record.choices = bool(asked.stream), asked.user, asked.choices
         sequences = Sequences(self.engine, record)
         try:
             sequences.submit(jobs)

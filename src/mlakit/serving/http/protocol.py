@@ -37,8 +37,15 @@ EXTENSIONS: Refused = {
     "guided_regex": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
+    "response_format": (None, {"type": "text"}),
+    "json_schema": (None,),
+    "regex": (None,),
+    "ebnf": (None,),
+    "grammar": (None,),
+    "allowed_token_ids": (None,),
+    "logits_processors": (None, []),
 }
-"""Fields of other servers."""
+"""Fields of other servers, and one that is OpenAI's in a chat."""
 
 CHAT_ONLY: Refused = {
     "audio": (None,),
@@ -48,7 +55,6 @@ CHAT_ONLY: Refused = {
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True),
-    "response_format": (None, {"type": "text"}),
     "prediction": (None,),
     "reasoning_effort": (None, "none"),
     "verbosity": (None, "medium"),

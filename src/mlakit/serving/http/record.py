@@ -27,9 +27,12 @@ class Record:
         reason: why it ended otherwise than it should: the error's text, or ``disconnected``.
         stream: whether the answer is a stream.
         user: as the body names it.
+        choices: sequences per prompt; they come one prompt after the other.
         prompt_tokens: of all prompts.
         completion_tokens: of all choices.
-        cached_tokens: prompt tokens found in pages that were there already.
+        cached_tokens: prompt tokens found in pages that were there already; of each prompt as its
+            first choice met them, since what one choice computes the others find.
+        begun: sequences that have written.
         finished: sequences by finish reason.
         first_at: when the first token came.
     """
@@ -43,9 +46,11 @@ class Record:
     reason: str | None = None
     stream: bool = False
     user: str | None = None
+    choices: int = 1
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    begun: set[int] = field(default_factory=set)
     finished: Counter[str] = field(default_factory=Counter)
     first_at: float | None = None
     last_at: float | None = None
@@ -62,15 +67,17 @@ class Record:
             client=client[0],
         )
 
-    def hear(self, piece: Piece) -> None:
-        """Counts a piece that has come from the engine."""
+    def hear(self, index: int, piece: Piece) -> None:
+        """Counts a piece of sequence ``index`` that has come from the engine."""
         if piece.token_ids:
+            self.begun.add(index)
             self.last_at = time.perf_counter()
             self.first_at = self.first_at or self.last_at
             self.completion_tokens += len(piece.token_ids)
         if piece.finish_reason is not None:
             self.finished[piece.finish_reason] += 1
-            self.cached_tokens += piece.cached_tokens
+            if index % self.choices == 0:
+                self.cached_tokens += piece.cached_tokens
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -80,7 +87,7 @@ class Record:
     @property
     def seconds_per_token(self) -> float | None:
         """Between tokens after the first one of all; None where no sequence wrote a second one."""
-        further = self.completion_tokens - sum(self.finished.values())
+        further = self.completion_tokens - len(self.begun)
         if self.first_at is None or self.last_at is None or further < 1:
             return None
         return (self.last_at - self.first_at) / further

@@ -86,7 +86,7 @@ class Sequences:
             if news is None:
                 raise ClientGone
             index, piece = news
-            self.record.hear(piece)
+            self.record.hear(index, piece)
             if piece.finish_reason is not None:
                 del self.running[index]
             if piece.finish_reason == "error":
