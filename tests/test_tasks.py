@@ -27,7 +27,12 @@ from mlakit.evaluation import evaluate, open_subject
 from mlakit.evaluation.tasks import TaskOptions, asking, fit_tasks, open_tasks, run_tasks
 from mlakit.evaluation.tasks.gsm8k import final_number, marked_number, write_prompt
 from mlakit.evaluation.tasks.gsm8k_examples import EXAMPLES
-from mlakit.evaluation.tasks.harness import ask_harness, open_harness
+from mlakit.evaluation.tasks.harness import (
+    ask_harness,
+    harness_scores,
+    open_harness,
+    ordinary_model,
+)
 from mlakit.evaluation.tasks.humaneval import STOP, grade, program
 from mlakit.evaluation.tasks.intervals import mcnemar, mean_gain, mean_score, pass_at_k, wilson
 from mlakit.evaluation.tasks.problems import read_problems
@@ -561,7 +566,9 @@ def test_lm_eval_asks_its_own_tasks(folder: Path, tmp_path: Path) -> None:
     manager = open_harness({"tiny_choice": str(tmp_path)})
     subject = open_subject(folder)
     names, options = ["tiny_choice", "tiny_words"], TaskOptions(limit=4)
-    found, *words = ask_harness(manager, names, subject, subject, options, seed=0)
+    model = ordinary_model(subject, options)
+    record = ask_harness(manager, names, model, subject.name, options, 0)
+    found, *words = harness_scores([record, record], 0)
     for score_ in words:
         assert not score_.share and score_.result == score_.source
         assert score_.source.low < score_.source.value < score_.source.high

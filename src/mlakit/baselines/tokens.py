@@ -109,7 +109,7 @@ def choose(scores: Tensor, rule: Rule, keep: int) -> Tensor:
 
 def pooled(scores: Tensor, width: int) -> Tensor:
     """Scores ``[G, n]`` averaged over neighbours, zeros beyond both ends."""
-    if width == 1:
+    if width == 1 or not scores.shape[1]:
         return scores
     return torch.nn.functional.avg_pool1d(scores[:, None], width, 1, width // 2)[:, 0]
 

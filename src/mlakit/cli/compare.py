@@ -56,6 +56,28 @@ def compare(
             " Mamba), e.g. 200; 0 gives their sizes alone.",
         ),
     ] = 0,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Asked of every row, as by mlakit eval: gsm8k, humaneval, or any task of lm-eval"
+            " (pip install 'mlakit[tasks]'); NAME=FILE takes the problems from a JSONL file."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Tasks: the first so many problems of each.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Tasks: worked examples before each problem.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Tasks: wrap prompts in the chat template.")
+    ] = False,
+    run_generated_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-generated-code", help="humaneval: allow running what the model writes."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[
@@ -95,6 +117,11 @@ def compare(
                 recall=recall,
                 speed=speed,
                 train_steps=train_steps,
+                tasks=tasks or (),
+                limit=limit,
+                shots=shots,
+                chat=chat,
+                run_generated_code=run_generated_code,
                 seed=seed,
                 dtype=dtype,
                 device=device,

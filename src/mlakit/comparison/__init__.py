@@ -10,9 +10,10 @@ from mlakit.baselines.states import sized
 from mlakit.checkpoint import open_checkpoint
 from mlakit.comparison.clock import paces
 from mlakit.comparison.exam import Exam
-from mlakit.comparison.journal import Journal
-from mlakit.comparison.plan import BUDGETS, Plan, Steps, identity, make_plan
+from mlakit.comparison.journal import TEXTS, Journal, file_name
+from mlakit.comparison.plan import BUDGETS, ORIGINAL, Plan, Steps, identity, make_plan
 from mlakit.comparison.points import make_point
+from mlakit.comparison.task_exam import TaskExam
 from mlakit.conversion.amounts import CALIBRATION_TOKENS
 from mlakit.conversion.domains import usual_window
 from mlakit.data import BUILTIN, Source, SourceLike, named_sources
@@ -28,6 +29,7 @@ from mlakit.evaluation.quality import (
     open_texts,
     window_lengths,
 )
+from mlakit.evaluation.tasks import TaskOptions, fit_tasks, open_tasks
 from mlakit.families import read_model
 from mlakit.reporting.answers import answers
 from mlakit.reporting.comparison import Comparison, Missing, Point
@@ -50,6 +52,11 @@ def compare(
     recall: bool = True,
     speed: bool = True,
     train_steps: int = 0,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    shots: int | None = None,
+    chat: bool = False,
+    run_generated_code: bool = False,
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
@@ -76,6 +83,12 @@ def compare(
         recall: also ask passkey and key-value questions.
         speed: also time decoding and the first token; all else is the same in every run.
         train_steps: gradient steps for methods that exist only trained; none leaves them out.
+        tasks: asked of every point, as in ``evaluate``; each prompt's cache is compressed before
+            the answer is written. Their texts are kept in ``output``.
+        limit: the first so many problems of each task.
+        shots: worked examples before each problem.
+        chat: wrap prompts in the tokenizer's chat template.
+        run_generated_code: allow HumanEval to run what is written.
         seed: of questions, intervals and everything random in a method.
         dtype: dtype to load in; the checkpoint's own by default.
         device: where it runs.
@@ -88,7 +101,8 @@ def compare(
 
     Raises:
         UnsupportedModelError: latent attention, soft-capped scores, or a window that binds.
-        UsageError: unknown methods, budgets that are no shares, a folder that holds another run.
+        UsageError: unknown methods or tasks, budgets that are no shares, a folder that holds
+            another run.
         MlakitError: a text too short for the windows.
     """
     checkpoint = open_checkpoint(model)
@@ -96,11 +110,21 @@ def compare(
     lengths = window_lengths(spec.max_position_embeddings, prefix_length, suffix_length)
     require_plain(spec, sum(lengths))
     plan = make_plan(spec, methods=methods, budgets=budgets, train_steps=train_steps)
+    folder = Path(output).expanduser()
+    chosen = open_tasks(
+        tasks,
+        TaskOptions(
+            limit=limit,
+            shots=shots,
+            chat=chat,
+            run_generated_code=run_generated_code,
+            generations=folder / TEXTS if tasks else None,
+        ),
+    )
     texts = open_texts(text)
     calibrating = named_sources(BUILTIN if calibration is None else calibration)
     if dry_run:
         return plan
-    folder = Path(output).expanduser()
     path = checkpoint.download()
     if folder.resolve().is_relative_to(path.resolve()):
         raise UsageError(
@@ -112,12 +136,14 @@ def compare(
         source, None, text=texts, prefix_length=lengths[0], suffix_length=lengths[1], count=windows
     )
     environment = describe_environment(command=command, seed=seed, device=source.model.device)
+    asked = TaskExam(source, fit_tasks(chosen, source, None), seed, progress)
     parts = _parts(source, cut, calibrating) | {"recall": recall, "seed": seed, "speed": speed}
+    parts |= asked.identity
     journal = Journal(folder, identity(parts | {"versions": environment.versions}))
     exam = Exam(source, cut, seed=seed, recall=recall)
     window = usual_window(calibrating, CALIBRATION_TOKENS)
     bench = Bench(source, spec, path, journal.models, calibrating, seed, train_steps, window)
-    found = _Run(exam, bench, journal, speed, progress).measure(plan.steps)
+    found = _Run(exam, asked, bench, journal, speed, progress).measure(plan.steps)
     journal.close()
     measured = _comparison(exam, bench, plan, found, environment)
     return measured.model_copy(update={"answers": answers(measured)})
@@ -168,12 +194,13 @@ class _Run:
     def __init__(
         self,
         exam: Exam,
+        tasks: TaskExam,
         bench: Bench,
         journal: Journal,
         speed: bool,
         progress: Progress | None,
     ) -> None:
-        self.exam, self.bench, self.journal = exam, bench, journal
+        self.exam, self.tasks, self.bench, self.journal = exam, tasks, bench, journal
         self.speed, self.progress = speed, progress
         self.waiting: list[tuple[Method, Setting, Variant]] = []
 
@@ -219,5 +246,9 @@ class _Run:
             self.waiting, scores, timed, strict=True
         ):
             point = make_point(self.exam, method.name, setting.label, variant, score, pace)
+            if isinstance(point, Point):
+                file = file_name(method.name, setting.label)
+                asked = self.tasks.scores(variant, file, original=method is ORIGINAL)
+                point = point.model_copy(update={"tasks": asked})
             self.journal.keep(point)
         self.waiting.clear()

@@ -13,7 +13,7 @@ from mlakit.checkpoint import write_json_atomic
 from mlakit.errors import MlakitError, UsageError
 from mlakit.reporting.comparison import Missing, Point
 
-RUN_NAME, POINTS, MODELS = "run.json", "points", "models"
+RUN_NAME, POINTS, MODELS, TEXTS = "run.json", "points", "models", "tasks"
 ROOMS = ("baselines", "comparison", "conversion", "data", "evaluation", "nn", "ops")
 """What a point's numbers depend on."""
 
@@ -86,5 +86,9 @@ class Journal:
         shutil.rmtree(self.folder / MODELS, ignore_errors=True)
 
     def _path(self, method: str, setting: str) -> Path:
-        name = re.sub(r"[^\w.]+", "-", f"{method} {setting}").strip("-")
-        return self.folder / POINTS / f"{name}.json"
+        return self.folder / POINTS / f"{file_name(method, setting)}.json"
+
+
+def file_name(method: str, setting: str) -> str:
+    """What files of a point are called."""
+    return re.sub(r"[^\w.]+", "-", f"{method} {setting}").strip("-")

@@ -6,7 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from mlakit.reporting.schema import Environment, Estimate, ModelSummary, Recall, Record, Text
+from mlakit.reporting.schema import (
+    Environment,
+    Estimate,
+    ModelSummary,
+    Recall,
+    Record,
+    TaskScore,
+    Text,
+)
 
 Family = Literal[
     "original",
@@ -84,6 +92,7 @@ class Point(Record):
         recall: beside the source's, on the same questions.
         recall_seen: the same where the question was read with the text, before compression.
         pace: None where nobody looked at the clock, or where savings are by account.
+        tasks: scores beside the source's on the same problems; the original's stand alone.
     """
 
     method: str
@@ -107,6 +116,7 @@ class Point(Record):
     recall: Recall | None = None
     recall_seen: Recall | None = None
     pace: Pace | None = None
+    tasks: list[TaskScore] = Field(default_factory=list)
 
     @property
     def trained(self) -> bool:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from mlakit.reporting.answers import mean_recall
 from mlakit.reporting.comparison import Comparison, Point
-from mlakit.reporting.schema import Recall
+from mlakit.reporting.schema import Recall, TaskScore
 from mlakit.reporting.style import number, percent
 from mlakit.reporting.summary import KIND_WORDS, estimate
 
@@ -61,12 +61,23 @@ def _cells(point: Point) -> dict[str, str]:
         "perplexity": estimate(point.perplexity),
         "recall, %": "n/a" if recall is None else number(round(100 * recall, 1)),
         "question seen, %": _share(point.recall_seen),
+        **{_task_head(score): _task_cell(score) for score in point.tasks},
         "tokens/s": f"{number(pace.tokens_per_second)} ({_times(pace.of_original)})"
         if pace
         else "-",
         "first token": _times(pace.first_token_of_original) if pace else "-",
         "text used": used,
     }
+
+
+def _task_head(score: TaskScore) -> str:
+    return f"{score.task}, {score.measure}{', %' if score.share else ''}"
+
+
+def _task_cell(score: TaskScore) -> str:
+    """The point's own value; the original's stands as the source."""
+    value = score.result or score.source
+    return estimate(value.mapped(lambda x: round(100 * x, 1)) if score.share else value)
 
 
 def _times(ratio: float) -> str:
@@ -101,10 +112,26 @@ def notes(found: Comparison) -> list[str]:
             "turn: of this package's code on this machine, where most rows unpack their cache at "
             "every step; - where savings are by account"
         )
+    listed += task_notes(found)
     if any(p.simulated for p in found.points):
         listed.append("weight bytes of pruned or rounded weights are by account: they ran unpacked")
     listed += [f"{m.method}, {m.setting}: not measured, {m.reason}" for m in found.missing]
     return listed
+
+
+def task_notes(found: Comparison) -> list[str]:
+    """How the tasks were asked, and what their scores do not say."""
+    asked = {score.task: score for score in found.original.tasks}
+    listed = [
+        f"{name}: {f'{score.problems:,} problems, ' if score.problems else ''}{score.settings}"
+        for name, score in asked.items()
+    ]
+    if listed:
+        listed.append(
+            "a task's whole prompt, with its question, is read and compressed before the answer is "
+            "written; brackets are 95 % intervals over problems"
+        )
+    return listed + list(dict.fromkeys(w for s in found.original.tasks for w in s.warnings))
 
 
 def sizes(found: Comparison) -> list[str]:

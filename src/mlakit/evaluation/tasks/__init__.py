@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlakit.errors import UsageError
 from mlakit.evaluation.quality import Progress
 from mlakit.evaluation.subject import Subject
-from mlakit.evaluation.tasks.asking import ask, fit
+from mlakit.evaluation.tasks.asking import Write, ask, fit, write_as_it_is
 from mlakit.evaluation.tasks.gsm8k import open_gsm8k
-from mlakit.evaluation.tasks.harness import ask_harness, open_harness
+from mlakit.evaluation.tasks.harness import (
+    ask_harness,
+    harness_scores,
+    open_harness,
+    ordinary_model,
+)
 from mlakit.evaluation.tasks.humaneval import open_humaneval
 from mlakit.evaluation.tasks.intervals import compare
 from mlakit.evaluation.tasks.task import Grade, Task, TaskOptions
 from mlakit.reporting.schema import TaskScore
 
-__all__ = ["ChosenTasks", "TaskOptions", "fit_tasks", "open_tasks", "run_tasks"]
+__all__ = [
+    "Asked",
+    "ChosenTasks",
+    "TaskOptions",
+    "Way",
+    "ask_tasks",
+    "fit_tasks",
+    "open_tasks",
+    "run_tasks",
+    "score_tasks",
+]
 
 OWN = {"gsm8k": open_gsm8k, "humaneval": open_humaneval}
 BETWEEN = re.compile(r",(?=[\w-]+(?:=|,|$))")
@@ -40,6 +55,10 @@ class ChosenTasks:
     others: tuple[str, ...]
     manager: Any
     options: TaskOptions
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self.own or self.others)
 
 
 def open_tasks(given: Sequence[str], options: TaskOptions) -> ChosenTasks:
@@ -106,36 +125,92 @@ def run_tasks(
     """Every measure of every task, of one model or of two on the same problems.
 
     Raises:
+        MlakitError: see ``ask_tasks``.
+    """
+    context = _context(source, result)
+    asked = [
+        ask_tasks(chosen, subject, role=role, context=context, seed=seed, progress=progress)
+        for role, subject in (("source", source), ("result", result))
+        if subject is not None
+    ]
+    return score_tasks(chosen, asked, seed)
+
+
+class Way(NamedTuple):
+    """How a model is asked: as it is, unless somebody has another way.
+
+    Attributes:
+        write: the texts of mlakit's own tasks, see ``asking.Write``.
+        harness_model: lm-eval's model for the others.
+    """
+
+    write: Write = write_as_it_is
+    harness_model: Callable[[Subject, TaskOptions], Any] = ordinary_model
+
+
+class Asked(NamedTuple):
+    """One model's answers: marks of every problem of mlakit's tasks, and lm-eval's record."""
+
+    grades: list[list[Grade]]
+    record: Any
+
+
+def ask_tasks(
+    chosen: ChosenTasks,
+    subject: Subject,
+    *,
+    role: str,
+    context: int,
+    seed: int,
+    progress: Progress | None = None,
+    way: Way | None = None,
+) -> Asked:
+    """One model's answers to every task.
+
+    Args:
+        chosen: as ``fit_tasks`` returns them.
+        subject: the model.
+        role: names it in progress and in files of texts.
+        context: tokens that prompt and answer may take.
+        seed: of sampling.
+        progress: told about every problem.
+        way: how it is asked.
+
+    Raises:
         MlakitError: a batch does not fit the device's memory, a text cannot be written, or lm-eval
             failed.
     """
-    context = _context(source, result)
-    scores = []
-    for task in chosen.own:
-        grades = [
-            ask(
-                task,
-                subject,
-                chosen.options,
-                role=role,
-                context=context,
-                seed=seed,
-                progress=progress,
-            )
-            for role, subject in (("source", source), ("result", result))
-            if subject is not None
-        ]
-        scores += _scores(task, grades, seed)
-    if chosen.others:
-        scores += ask_harness(
-            chosen.manager,
-            chosen.others,
-            source,
-            result,
-            chosen.options,
+    way = way or Way()
+    options = chosen.options
+    grades = [
+        ask(
+            task,
+            subject,
+            options,
+            role=role,
+            context=context,
             seed=seed,
             progress=progress,
+            write=way.write,
         )
+        for task in chosen.own
+    ]
+    if not chosen.others:
+        return Asked(grades, None)
+    if progress:
+        progress(f"lm-eval, {role}", 0, 1)
+    model = way.harness_model(subject, options)
+    return Asked(
+        grades, ask_harness(chosen.manager, chosen.others, model, subject.name, options, seed)
+    )
+
+
+def score_tasks(chosen: ChosenTasks, asked: Sequence[Asked], seed: int) -> list[TaskScore]:
+    """Every measure of every task, from the answers of one model or of two."""
+    own = zip(chosen.own, *(each.grades for each in asked), strict=True)
+    scores = [score for task, *grades in own for score in _scores(task, grades, seed)]
+    if chosen.others:
+        scores += harness_scores([each.record for each in asked], seed)
     return scores
 
 

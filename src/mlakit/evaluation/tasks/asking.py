@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,9 @@ from mlakit.evaluation.tasks.journal import Answer, Journal
 from mlakit.evaluation.tasks.problems import Row
 from mlakit.evaluation.tasks.task import Grade, Task, TaskOptions
 from mlakit.generation import generate, prompt_ids
+
+Write = Callable[[Task, Subject, Sequence[str], int, int], list[str]]
+"""Texts for prompts of a task, given the batch size and the seed."""
 
 
 def fit(task: Task, subject: Subject, context: int) -> Task:
@@ -60,6 +64,7 @@ def ask(
     context: int,
     seed: int,
     progress: Progress | None = None,
+    write: Write | None = None,
 ) -> list[Grade]:
     """One model's marks, problem by problem.
 
@@ -67,10 +72,11 @@ def ask(
         task: as `fit` returns it.
         subject: the model.
         options: for the batch size and the folder of texts.
-        role: ``source`` or ``result``, for progress and the file's name.
+        role: such as ``source``, for progress and the file's name.
         context: tokens that prompt and answer may take.
         seed: seed of the sampling.
         progress: told about every problem.
+        write: writes the texts; the model as it is by default.
 
     Raises:
         MlakitError: the batch does not fit the device's memory, or a text cannot be written.
@@ -81,7 +87,9 @@ def ask(
     size = max(1, options.batch_size // task.samples)
     for start in range(0, len(open_ones), size):
         batch = open_ones[start : start + size]
-        texts = _write(task, subject, batch, options.batch_size, context, seed)
+        texts = _texts(
+            task, subject, batch, options.batch_size, context, seed, write or write_as_it_is
+        )
         for number in batch:
             written = texts.get(number, [""] * task.samples)
             grade = task.grade(task.rows[number], written)
@@ -93,35 +101,49 @@ def ask(
     return [journal.answers[number].grade for number in range(len(task.rows))]
 
 
-def _write(
-    task: Task, subject: Subject, batch: list[int], batch_size: int, context: int, seed: int
+def _texts(
+    task: Task,
+    subject: Subject,
+    batch: list[int],
+    batch_size: int,
+    context: int,
+    seed: int,
+    write: Write,
 ) -> dict[int, list[str]]:
     """The texts for those of some problems that fit."""
     fitting = [n for n in batch if fits(task, task.rows[n], subject, context)]
     if not fitting:
         return {}
+    prompts = [task.prompt(task.rows[n]) for n in fitting for _ in range(task.samples)]
     try:
-        written = generate(
-            subject.model,
-            subject.tokenizer,
-            [task.prompt(task.rows[n]) for n in fitting for _ in range(task.samples)],
-            max_new_tokens=task.max_new_tokens,
-            temperature=task.temperature,
-            top_p=0.95 if task.temperature else 1.0,  # Chen et al. 2021, section 2.2
-            stop=task.stop,
-            seed=seed,
-            batch_size=batch_size,
-            chat=task.chat,
-        ).texts
+        written = write(task, subject, prompts, batch_size, seed)
     except torch.OutOfMemoryError as error:
         raise MlakitError(
             f"{subject.name} has no memory for {batch_size} prompts of {task.name} at a time",
-            remedy="lower --batch-size",
+            remedy="ask fewer at a time (--batch-size), or choose a device with more memory",
         ) from error
     return {
         number: written[place * task.samples : (place + 1) * task.samples]
         for place, number in enumerate(fitting)
     }
+
+
+def write_as_it_is(
+    task: Task, subject: Subject, prompts: Sequence[str], batch_size: int, seed: int
+) -> list[str]:
+    """The model's own texts, in batches."""
+    return generate(
+        subject.model,
+        subject.tokenizer,
+        prompts,
+        max_new_tokens=task.max_new_tokens,
+        temperature=task.temperature,
+        top_p=task.top_p,
+        stop=task.stop,
+        seed=seed,
+        batch_size=batch_size,
+        chat=task.chat,
+    ).texts
 
 
 def _length(prompt: str, task: Task, subject: Subject) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from mlakit.errors import MlakitError, UsageError
-from mlakit.evaluation.quality import Progress
 from mlakit.evaluation.subject import Subject
 from mlakit.evaluation.tasks.intervals import Comparison, Z, compare
 from mlakit.evaluation.tasks.task import TaskOptions
@@ -54,46 +53,26 @@ def open_harness(places: Mapping[str, str | None]) -> Any:
 
 
 def ask_harness(
-    manager: Any,
-    names: Sequence[str],
-    source: Subject,
-    result: Subject | None,
-    options: TaskOptions,
-    *,
-    seed: int,
-    progress: Progress | None = None,
-) -> list[TaskScore]:
-    """Every measure of the tasks, of one model or two.
+    manager: Any, names: Sequence[str], model: Any, name: str, options: TaskOptions, seed: int
+) -> Any:
+    """lm-eval's record of one model's answers.
+
+    Args:
+        manager: as `open_harness` returns it.
+        names: of the tasks.
+        model: one of lm-eval's.
+        name: what messages call it.
+        options: how to ask.
+        seed: of everything random.
 
     Raises:
         MlakitError: lm-eval failed, e.g. because a data set cannot be loaded.
     """
-    found = []
-    for subject in filter(None, (source, result)):
-        found.append(_ask(manager, names, subject, options, seed))
-        if progress:
-            progress("lm-eval", len(found), 1 if result is None else 2)
-    return [
-        score
-        for task in found[0]["results"]
-        for score in _scores(task, [run["results"][task] for run in found], found, seed)
-    ]
-
-
-def _ask(
-    manager: Any, names: Sequence[str], subject: Subject, options: TaskOptions, seed: int
-) -> Any:
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
     try:
         return lm_eval.simple_evaluate(
-            HFLM(
-                pretrained=subject.model,
-                tokenizer=subject.tokenizer,
-                batch_size=options.batch_size,
-                backend="causal",
-            ),
+            model,
             tasks=list(names),
             task_manager=manager,
             num_fewshot=options.shots,
@@ -107,11 +86,37 @@ def _ask(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
+    except MlakitError as error:
+        raise MlakitError(
+            f"lm-eval could not ask {', '.join(names)} of {name}: {error.message}",
+            remedy=error.remedy,
+        ) from error
     except Exception as error:  # tasks and data sets raise many unrelated kinds
         raise MlakitError(
-            f"lm-eval could not ask {', '.join(names)} of {subject.name}: {error}",
+            f"lm-eval could not ask {', '.join(names)} of {name}: {error}",
             remedy="a task's data set needs a network or a filled cache",
         ) from error
+
+
+def ordinary_model(subject: Subject, options: TaskOptions) -> Any:
+    """lm-eval's own model around one of transformers."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=subject.model,
+        tokenizer=subject.tokenizer,
+        batch_size=options.batch_size,
+        backend="causal",
+    )
+
+
+def harness_scores(runs: Sequence[Any], seed: int) -> list[TaskScore]:
+    """Every measure of the tasks, from the records of one model or two."""
+    return [
+        score
+        for task in runs[0]["results"]
+        for score in _scores(task, [run["results"][task] for run in runs], list(runs), seed)
+    ]
 
 
 def _scores(

@@ -83,6 +83,11 @@ class Task:
         return self.write_prompt(row, self.shots)
 
     @property
+    def top_p(self) -> float:
+        """Of the sampling (Chen et al. 2021, section 2.2)."""
+        return 0.95 if self.temperature else 1.0
+
+    @property
     def settings(self) -> str:
         """How it is asked, in words."""
         how = "greedy"
