@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def test_convert_prints_what_was_measured_and_what_comes_next(tiny: Path) -> Non
     assert result.exit_code == 0, result.output
     for part in ("50.0% of its own", "output error", "held-out", "mlakit eval"):
         assert part in result.output
+    assert re.search(r"; peak [\d,]+ MiB", result.output) or sys.platform == "win32"
     card = (out / "README.md").read_text()
     assert "| this model | 128 | 50.0% | 25.0% |" in card and str(tiny.parent) not in card
     again = CliRunner().invoke(app, [*arguments, "--json"])

@@ -152,7 +152,7 @@ def convert(
         if not as_json:
             print_measured(plan, Console())
             parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in spent.items())
-            whole = f"{time.monotonic() - started:.1f} s: {parts}"
+            whole = f"{time.monotonic() - started:.1f} s: {parts}{_peak(device)}"
             typer.echo(f"{output} is complete ({whole}). Next:")
             for words in (
                 ("verify", model, str(output)),
@@ -162,6 +162,22 @@ def convert(
                 typer.echo(f"  {shlex.join(['mlakit', *words])}")
     if as_json:
         typer.echo(json.dumps(plan.as_dict("planned" if dry_run else "complete"), indent=2))
+
+
+def _peak(device: str) -> str:
+    """The most memory that was held, in words; pages of mapped files count. Unknown on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 2**10
+    most = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    words = f"; peak {most / 2**20:,.0f} MiB, mapped files included"
+    if device.startswith("cuda"):
+        import torch
+
+        words += f", and {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB of the GPU's"
+    return words
 
 
 def _number_or_auto(option: str, value: str) -> int | str:
