@@ -21,6 +21,10 @@ BATCH_TOKENS = 2048
 SCORES = 2**20
 """Attention scores that are held at once where all are looked at."""
 
+TRIAL_BLOCK = 2**22
+"""Numbers of queries that a candidate is tried with at once, at least those of one key head. Blocks
+above 32 MiB are fresh pages each time: a pass over those takes ten times as long."""
+
 HELD_OUT = 8
 """One window in this many is held out, to choose what statistics cannot say."""
 

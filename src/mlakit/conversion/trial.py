@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mlakit.conversion.amounts import TRIAL_BLOCK
 from mlakit.conversion.calibrate import attend
 from mlakit.conversion.closed_form import Rope
 from mlakit.conversion.factor import AttentionWeights
@@ -72,7 +73,7 @@ class Trial:
         """
         plain, felt, tokens = 0.0, 0.0, 0
         for window in self.windows:
-            heads = self._attend(window, rope).transpose(0, 1).flatten(1)
+            heads = self._attend(window, rope)
             change = heads @ self.output[:, :-1].mT + self.output[:, -1] - window.output
             plain += float(change.square().sum(dtype=torch.float64))
             tokens += len(change)
@@ -82,22 +83,31 @@ class Trial:
         return Wrong(share, share if importance is None else felt / tokens)
 
     def _attend(self, window: Heads, rope: Rope) -> torch.Tensor:
-        """What each head reads, ``[H, T, d]``."""
-        kept, query, key = rope.kept, window.query, window.key
-        groups, length, half = key.shape
-        repeats = len(query) // groups
-        rest = torch.einsum("jgk,ktj->gtj", kept.remainder(half).to(key), key)
-        mixed = torch.einsum("mg,gtm->tm", kept.mix.to(key), key[..., kept.source])
-        read = kept.spread.mT.conj().repeat_interleave(repeats, 0) * rope.gain  # [H, R/2]
-        asked = query[..., kept.source] * read.to(query)[:, None]
-        angles = torch.arange(length, device=key.device)[:, None] * kept.frequencies
+        """What the heads read, side by side, ``[T, H d]``; some key heads at a time."""
+        kept, (groups, length, half) = rope.kept, window.key.shape
+        repeats = len(window.query) // groups
+        angles = torch.arange(length, device=window.key.device)[:, None] * kept.frequencies
         factor = turn_factor(kept.frequencies, self.factor)
-        turn = torch.polar(factor.expand_as(angles), angles).to(key)
-        query = _real(torch.cat([query * rope.dropped.to(query)[:, None], asked * turn], -1))
-        turning = (mixed * turn).expand(groups, -1, -1)
-        key = _real(torch.cat([rest, turning], -1)).repeat_interleave(repeats, 0)
-        value = window.value.repeat_interleave(repeats, 0)
-        return attend(query[None], key[None], value[None], window.mask, self.spec)[0]
+        turn = torch.polar(factor.expand_as(angles), angles).to(window.key)
+        turned = torch.einsum("mg,gtm->tm", kept.mix.to(window.key), window.key[..., kept.source])
+        turned *= turn
+        remainder = kept.remainder(half).to(window.key)
+        read = (kept.spread.mT.conj().repeat_interleave(repeats, 0) * rope.gain).to(window.query)
+        dropped = rope.dropped.to(window.query)
+        out = window.value.new_empty(length, len(window.query), window.value.shape[-1])
+        at_once = max(1, TRIAL_BLOCK // (repeats * length * 2 * (half + len(kept.source))))
+        for some in torch.arange(groups).split(at_once):
+            keys = slice(int(some[0]), int(some[-1]) + 1)
+            own = slice(keys.start * repeats, keys.stop * repeats)
+            query = window.query[own]
+            asked = query[..., kept.source] * read[own, None] * turn
+            query = _real(torch.cat([query * dropped[own, None], asked], -1))
+            rest = torch.einsum("jgk,ktj->gtj", remainder[:, keys], window.key)
+            key = _real(torch.cat([rest, turned.expand(len(some), -1, -1)], -1))
+            key, value = (x.repeat_interleave(repeats, 0)[None] for x in (key, window.value[keys]))
+            seen = attend(query[None], key, value, window.mask, self.spec)
+            out[:, own] = seen[0].transpose(0, 1)
+        return out.flatten(1)
 
 
 def _heads(weights: AttentionWeights, parts: Sequence[torch.Tensor], window: HeldOut) -> Heads:

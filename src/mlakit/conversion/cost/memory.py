@@ -12,6 +12,7 @@ from mlakit.conversion.amounts import (
     SCORES,
     SENSITIVITY_BATCH,
     STEP_TOKENS,
+    TRIAL_BLOCK,
     VOCABULARY_SLICE,
 )
 from mlakit.conversion.cost.dimensions import Dimensions
@@ -97,10 +98,15 @@ def _turned(size: Dimensions, tokens: int) -> int:
     return 4 * size.heads * (size.head + size.widest) * tokens
 
 
-def _kept(size: Dimensions) -> int:
+def _tried(size: Dimensions) -> int:
+    """The same of the heads that a candidate is tried with at once."""
+    whole = _turned(size, size.window)
+    return min(whole, max(4 * TRIAL_BLOCK, whole // size.groups))
+
+
+def _kept(block: int) -> int:
     """Holes that the C library keeps of freed blocks: measured with and without it, four to eight
     of the largest. From a threshold on blocks are pages of their own, which leave none."""
-    block = _turned(size, size.window)
     return 6 * block if block < HEAP_BLOCK else 0
 
 
@@ -108,14 +114,17 @@ def _choosing(size: Dimensions) -> Parts:
     heads = 4 * (size.query + size.width + size.hidden) * size.held_out
     value_metric = 8 * 2 * size.query * (size.query + size.hidden)
     axes = 8 * (2 * size.width * size.hidden + 6 * size.width**2)
-    trial = 4 * size.source + heads + 5 * _turned(size, size.window)
+    block = _tried(size)
+    attending = 5 * block + 4 * size.query * size.window
+    missed = 4 * ((size.query + 3 * size.hidden) * size.window + size.hidden**2)
+    trial = 4 * size.source + heads + max(attending, missed)
     return {
         "float64 weights": 8 * size.source,
         "moments": 2 * 8 * (size.hidden + 1) ** 2,
         "metric of outputs": _metric(size),
         "held-out windows": 2 * 4 * size.hidden * size.held_out,
         "trial, metric of values or axes": max(trial, value_metric, axes),
-        "freed and kept": _kept(size),
+        "freed and kept": _kept(block),
     }
 
 
@@ -148,6 +157,6 @@ def _refining(size: Dimensions) -> Parts:
         "converted layer and its best state": 2 * 4 * size.target,
         "gradients and Adam": 3 * 4 * size.target,
         "saved for the way down": 4 * 3 * size.hidden * tokens + 8 * _turned(size, tokens),
-        "freed and kept": _kept(size),
+        "freed and kept": _kept(_turned(size, size.window)),
         "metric of outputs": 3 * 4 * size.hidden**2,
     }
