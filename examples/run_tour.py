@@ -31,8 +31,9 @@ ROUNDING = re.compile(r"\d(\.\d+)?e-(09|[1-9]\d+)")
 
 
 def run_cell(source: str, names: dict[str, Any]) -> tuple[str, Any]:
-    """What a cell prints, and the value of its last expression."""
-    tree = ast.parse(source)
+    """What a cell prints, and the value of its last expression; lines for Jupyter are left out."""
+    own = [line for line in source.splitlines() if not line.startswith("%")]
+    tree = ast.parse("\n".join(own))
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

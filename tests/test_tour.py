@@ -36,6 +36,7 @@ def test_the_notebook_shows_what_its_code_prints() -> None:
 def test_it_is_small_whole_and_easy_to_follow() -> None:
     assert run_tour.NOTEBOOK.stat().st_size < 1_000_000
     assert NOTEBOOK["nbformat"] == 4 and NOTEBOOK["nbformat_minor"] == 5
+    assert run_tour.code_cells(NOTEBOOK)[0]["source"][0] == "%matplotlib inline\n"  # or no pictures
     assert len({cell["id"] for cell in NOTEBOOK["cells"]}) == len(NOTEBOOK["cells"])
     for count, cell in enumerate(run_tour.code_cells(NOTEBOOK), 1):
         assert cell["execution_count"] == count

@@ -293,12 +293,13 @@ def _with_own_code(folder: Path, device: str) -> ModelLike:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     from mlakit.evaluation.subject import open_tokenizer
-    from mlakit.nn.hf import register
+    from mlakit.nn.hf import bars_on_terminals, register
 
     register()  # for the tokenizer, which looks at the config
     names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
     causal: Any = get_class_from_dynamic_module(names["AutoModelForCausalLM"], folder)
-    model = causal.from_pretrained(folder, dtype="auto").to(device).eval()
+    with bars_on_terminals():
+        model = causal.from_pretrained(folder, dtype="auto").to(device).eval()
     return folder.name, model, open_tokenizer(folder)
 
 

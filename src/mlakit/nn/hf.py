@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.utils import logging as hf_logging
 
 from mlakit.errors import MlakitError, UnsupportedModelError, UsageError
 from mlakit.families import read_model
@@ -38,6 +41,19 @@ def register() -> None:
         stored = get_checkpoint_conversion_mapping(family)  # e.g. experts one by one on disk
         if stored is not None:
             register_checkpoint_conversion_mapping(config.model_type, stored, overwrite=True)
+
+
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """transformers' progress bars only where somebody watches: a log keeps all their states."""
+    quiet = hf_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if quiet:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet:
+            hf_logging.enable_progress_bar()
 
 
 def load(
@@ -77,14 +93,15 @@ def load(
         _check_folder(folder)
         path = folder
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            output_loading_info=True,
-        )
+        with bars_on_terminals():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(path),
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise MlakitError(
             f"{path} cannot be loaded: {error}",
