@@ -123,7 +123,7 @@ def test_tasks_stand_beside_the_source(tiny: Path, text: Path, tmp_path: Path) -
     ]  # fmt: skip
     lines = table(found)
     assert all("gsm8k, strict match, %" in line for line in lines)
-    assert "gsm8k: 3 problems, greedy" in notes(found)
+    assert "task gsm8k: 3 problems, greedy" in notes(found)
     assert "gsm8k, flexible match, %" in render_comparison(found)
     stamps = [path.stat().st_mtime_ns for path in sorted((out / "points").iterdir())]
     assert run(**asked).points == found.points

@@ -430,7 +430,7 @@ def test_a_report_of_two_models_shows_tasks(
     listed = {row.label: row for row in rows(report)}
     row = listed["gsm8k, strict match, %"]
     assert row.source == "100 [51.0, 100]" and row.result == "0 [0, 49.0]"
-    assert row.note == "4 problems, 1 examples, greedy"
+    assert row.note == "4 problems, 1 example, greedy"
     page, stream = render_html(report), io.StringIO()
     print_report(report, Console(file=stream))
     for shown in (page, stream.getvalue()):

@@ -123,7 +123,7 @@ def task_notes(found: Comparison) -> list[str]:
     """How the tasks were asked, and what their scores do not say."""
     asked = {score.task: score for score in found.original.tasks}
     listed = [
-        f"{name}: {f'{score.problems:,} problems, ' if score.problems else ''}{score.settings}"
+        f"task {name}: {f'{score.problems:,} problems, ' if score.problems else ''}{score.settings}"
         for name, score in asked.items()
     ]
     if listed:

@@ -94,5 +94,6 @@ class Task:
         if self.temperature:
             count = "1 sample" if self.samples == 1 else f"{self.samples} samples"
             how = f"{count} at temperature {self.temperature:g}"
-        examples = f"{self.shots} examples, " if self.shots else ""
+        count = "1 example" if self.shots == 1 else f"{self.shots} examples"
+        examples = f"{count}, " if self.shots else ""
         return f"{examples}{'chat template, ' if self.chat else ''}{how}"
