@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mlakit.checkpoint import open_checkpoint
-from mlakit.conversion import closed_form, stream
+from mlakit.conversion import closed_form, stream, trial
 from mlakit.conversion.adapt import stored_tensors
 from mlakit.conversion.calibrate import layer_weights
 from mlakit.conversion.card import converted_config
@@ -36,7 +36,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ["llama-llama3-bias", "qwen2-window-tied", "qwen3-tied", "gemma2", "smollm3", "phi3-partial"],
 )
 @torch.no_grad()
-def test_a_trial_errs_as_the_uncut_student_does(case: str, tmp_path: Path, text: Path) -> None:
+def test_a_trial_errs_as_the_uncut_student_does(
+    case: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = open_checkpoint(save(tmp_path / "source", case))
     goal = Goal(kv_lora_rank=16, qk_rope_head_dim=4, without=("downstream",))
     plan = make_plan(
@@ -55,15 +57,23 @@ def test_a_trial_errs_as_the_uncut_student_does(case: str, tmp_path: Path, text:
         weights, seen, closed_form.key_moment(weights, seen), frequencies, factor, 4,
         schedule=None, shrinkage=0.5, unitary=True, sensitive=True,
     )  # fmt: skip
-    whole = closed_form.whole(closed_form.unrotated_keys(weights, rope.kept), weights.values)
-    new = closed_form.latent_tensors(weights, spec, rope, whole)
+    uncut = closed_form.whole(closed_form.unrotated_keys(weights, rope.kept), weights.values)
+    new = closed_form.latent_tensors(weights, spec, rope, uncut)
     tensors = stored_tensors(new, reader.attention(1), spec, plan.layers[1])
     config: dict[str, Any] = converted_config(checkpoint.config, plan, reader.spec, 0)
     student = Student(config, 1, tensors, rope.kept.frequencies.tolist(), reader.device)
     expected = student.error(observer.held_out).share
     assert len(observer.held_out) == 2 and (expected > 1e-3 or spec.rope is None)
-    found = Trial(weights, spec, factor, observer.held_out).error(rope).share
+    whole = Trial(weights, spec, factor, observer.held_out)
+    found = whole.error(rope).share
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-9)  # float32, differently summed
+    monkeypatch.setattr(trial, "TRIAL_QUERIES", 10)  # of 48: every fourth
+    some = Trial(weights, spec, factor, observer.held_out)
+    for part, all_of_it in zip(some.windows, whole.windows, strict=True):
+        assert part.rows.tolist() == [3, 7, 11, 15, 19, 23]
+        read, rest = some._attend(part, rope), whole._attend(all_of_it, rope)
+        limit = 1e-6 * float(rest.abs().max())  # float32 sums in another order: 2e-7 was seen
+        torch.testing.assert_close(read, rest[part.rows], rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("case", FIRST)

@@ -21,6 +21,9 @@ BATCH_TOKENS = 2048
 SCORES = 2**20
 """Attention scores that are held at once where all are looked at."""
 
+TRIAL_QUERIES = 1024
+"""Held-out queries, spread evenly, that candidates are judged on; each meets all keys before it."""
+
 TRIAL_BLOCK = 2**22
 """Numbers of queries that a candidate is tried with at once, at least those of one key head. Blocks
 above 32 MiB are fresh pages each time: a pass over those takes ten times as long."""

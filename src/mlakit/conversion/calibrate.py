@@ -154,9 +154,16 @@ def attend(
     mask: torch.Tensor | None,
     spec: AttentionSpec,
 ) -> torch.Tensor:
-    """Attention ``[B, H, T, V]`` of a source layer, its scores soft-capped where it does so.
+    """Attention ``[B, H, N, V]`` of a source layer, its scores soft-capped where it does so.
 
-    No ``[T, T]`` of all heads is ever held.
+    No ``[N, T]`` of all heads is ever held.
+
+    Args:
+        query: ``[B, H, N, K]``.
+        key: ``[B, H, T, K]``.
+        value: ``[B, H, T, V]``.
+        mask: ``[..., N, T]``, what a query sees or what is added; None for a causal one, N = T.
+        spec: of the layer.
     """
     scale, cap = spec.softmax_scale, spec.logit_softcap
     if cap is None:
@@ -171,12 +178,13 @@ def attend(
             scale=scale,
         )
         return out[..., : value.shape[-1]]
-    parts = []
-    for first, last in query_blocks(query.shape[0] * query.shape[1], query.shape[2]):
-        scores = query[..., first:last, :] @ key[..., :last, :].mT * (scale / cap)
-        seen = None if mask is None else mask[..., first:last, :last]
+    parts, (queries, keys) = [], (query.shape[2], key.shape[2])
+    for first, last in query_blocks(query.shape[0] * query.shape[1], keys, queries):
+        met = last if queries == keys else keys
+        scores = query[..., first:last, :] @ key[..., :met, :].mT * (scale / cap)
+        seen = None if mask is None else mask[..., first:last, :met]
         weights = hide(torch.tanh(scores) * cap, first, seen).softmax(-1)
-        parts.append(weights @ value[..., :last, :])
+        parts.append(weights @ value[..., :met, :])
     return torch.cat(parts, 2)
 
 

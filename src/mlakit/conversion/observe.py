@@ -205,7 +205,7 @@ class Observer:
         tokens = query.new_zeros(length)
         overlap = query.new_zeros(heads, heads, dtype=torch.float64)
         distances = query.new_zeros(heads, length, dtype=torch.float64)
-        for first, last in query_blocks(heads, length):
+        for first, last in query_blocks(heads, length, length):
             rows = slice(first, last)  # no query sees a key behind the last of them
             scores = query[:, rows] @ key[:, :last].mT * self.spec.softmax_scale
             attention, slope = self._softmax(
@@ -259,11 +259,11 @@ class Attended:
     distances: torch.Tensor
 
 
-def query_blocks(heads: int, length: int) -> Iterator[tuple[int, int]]:
+def query_blocks(heads: int, keys: int, queries: int) -> Iterator[tuple[int, int]]:
     """Ranges of queries whose scores over all keys are ``SCORES`` numbers or one query's."""
-    rows = max(1, SCORES // (heads * length))
-    for first in range(0, length, rows):
-        yield first, min(first + rows, length)
+    rows = max(1, SCORES // (heads * keys))
+    for first in range(0, queries, rows):
+        yield first, min(first + rows, queries)
 
 
 def hide(scores: torch.Tensor, first: int, mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,22 +1,25 @@
 """Trying out which rotations a layer keeps: its output on held-out text, before any rank is cut.
 
 Candidates differ in nothing but queries and keys, so these are computed once, and each candidate
-costs one attention and one output projection.
+costs one attention and one output projection, of as many queries as tell candidates apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mlakit.conversion.amounts import TRIAL_BLOCK
+from mlakit.conversion.amounts import TRIAL_BLOCK, TRIAL_QUERIES
 from mlakit.conversion.calibrate import attend
 from mlakit.conversion.closed_form import Rope
 from mlakit.conversion.factor import AttentionWeights
 from mlakit.conversion.observe import HeldOut, Wrong, turn_factor
 from mlakit.spec import AttentionSpec
+
+QUERY_BLOCKS = 4
+"""Parts of a window's queries; those of an early one do not meet the keys after it."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,30 @@ class Heads:
     """One held-out window through a layer's projections, float32.
 
     Attributes:
-        query: ``[H, T, d/2]`` complex, not rotated.
+        rows: positions of the N queries that are looked at, ascending.
+        query: ``[H, N, d/2]`` complex, not rotated.
         key: ``[G, T, d/2]`` complex, not rotated.
         value: ``[G, T, d]``.
-        output: ``[T, D]``, what the source's block puts out.
-        mask: ``[T, T]``; None for a causal one.
+        output: ``[N, D]``, what the source's block puts out.
+        mask: ``[N, T]``; None for a causal one of all queries.
     """
 
+    rows: torch.Tensor
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     output: torch.Tensor
     mask: torch.Tensor | None
+
+    def blocks(self) -> Iterator[tuple[slice, int, torch.Tensor | None]]:
+        """Queries that are taken together, how many keys the last of them sees, and their mask."""
+        if self.mask is None:
+            yield slice(None), self.key.shape[1], None
+            return
+        for some in torch.arange(len(self.rows)).chunk(QUERY_BLOCKS):
+            rows = slice(int(some[0]), int(some[-1]) + 1)
+            last = int(self.rows[some[-1]]) + 1
+            yield rows, last, self.mask[rows, :last]
 
 
 class Trial:
@@ -58,7 +73,8 @@ class Trial:
         self.spec, self.factor = spec, factor
         self.output = weights.o.float()
         parts = [part.float() for part in (weights.q, weights.k, weights.v)]
-        self.windows = [_heads(weights, parts, window) for window in windows]
+        stride = max(1, sum(len(window.inputs) for window in windows) // TRIAL_QUERIES)
+        self.windows = [_heads(weights, parts, window, stride) for window in windows]
         mean = torch.stack([window.output.mean(0) for window in self.windows]).mean(0)
         squares = [(window.output - mean).double().square().sum() for window in self.windows]
         self.variance = max(float(torch.stack(squares).sum()), 1e-30)
@@ -83,7 +99,7 @@ class Trial:
         return Wrong(share, share if importance is None else felt / tokens)
 
     def _attend(self, window: Heads, rope: Rope) -> torch.Tensor:
-        """What the heads read, side by side, ``[T, H d]``; some key heads at a time."""
+        """What the heads read, side by side, ``[N, H d]``; some key heads at a time."""
         kept, (groups, length, half) = rope.kept, window.key.shape
         repeats = len(window.query) // groups
         angles = torch.arange(length, device=window.key.device)[:, None] * kept.frequencies
@@ -94,28 +110,40 @@ class Trial:
         remainder = kept.remainder(half).to(window.key)
         read = (kept.spread.mT.conj().repeat_interleave(repeats, 0) * rope.gain).to(window.query)
         dropped = rope.dropped.to(window.query)
-        out = window.value.new_empty(length, len(window.query), window.value.shape[-1])
+        out = window.value.new_empty(len(window.rows), len(window.query), window.value.shape[-1])
         at_once = max(1, TRIAL_BLOCK // (repeats * length * 2 * (half + len(kept.source))))
         for some in torch.arange(groups).split(at_once):
             keys = slice(int(some[0]), int(some[-1]) + 1)
             own = slice(keys.start * repeats, keys.stop * repeats)
             query = window.query[own]
-            asked = query[..., kept.source] * read[own, None] * turn
+            asked = query[..., kept.source] * read[own, None] * turn[window.rows]
             query = _real(torch.cat([query * dropped[own, None], asked], -1))
             rest = torch.einsum("jgk,ktj->gtj", remainder[:, keys], window.key)
             key = _real(torch.cat([rest, turned.expand(len(some), -1, -1)], -1))
             key, value = (x.repeat_interleave(repeats, 0)[None] for x in (key, window.value[keys]))
-            seen = attend(query[None], key, value, window.mask, self.spec)
-            out[:, own] = seen[0].transpose(0, 1)
+            for rows, last, mask in window.blocks():
+                seen = attend(
+                    query[None, :, rows], key[..., :last, :], value[..., :last, :], mask, self.spec
+                )
+                out[rows, own] = seen[0].transpose(0, 1)
         return out.flatten(1)
 
 
-def _heads(weights: AttentionWeights, parts: Sequence[torch.Tensor], window: HeldOut) -> Heads:
-    ones = window.inputs.new_ones(len(window.inputs), 1)
+def _heads(
+    weights: AttentionWeights, parts: Sequence[torch.Tensor], window: HeldOut, stride: int
+) -> Heads:
+    """The window with the last of every ``stride`` queries."""
+    length, device = len(window.inputs), window.inputs.device
+    rows, mask = torch.arange(stride - 1, length, stride, device=device), window.mask
+    if mask is not None:
+        mask = mask[rows]
+    elif stride > 1:
+        mask = rows[:, None] >= torch.arange(length, device=device)
+    ones = window.inputs.new_ones(length, 1)
     inputs = torch.cat([weights.inputs(window.inputs), ones], 1)
-    query = weights.queries(window.inputs, parts[0])
+    query = weights.queries(window.inputs[rows], parts[0])
     key, value = (torch.einsum("tx,hdx->htd", inputs, part) for part in parts[1:])
-    return Heads(_complex(query), _complex(key), value, window.outputs, window.mask)
+    return Heads(rows, _complex(query), _complex(key), value, window.outputs[rows], mask)
 
 
 def _complex(rows: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from mlakit.conversion.amounts import (
     SENSITIVITY_BATCH,
     STEP_TOKENS,
     TRIAL_BLOCK,
+    TRIAL_QUERIES,
     VOCABULARY_SLICE,
 )
 from mlakit.conversion.cost.dimensions import Dimensions
@@ -115,8 +116,9 @@ def _choosing(size: Dimensions) -> Parts:
     value_metric = 8 * 2 * size.query * (size.query + size.hidden)
     axes = 8 * (2 * size.width * size.hidden + 6 * size.width**2)
     block = _tried(size)
-    attending = 5 * block + 4 * size.query * size.window
-    missed = 4 * ((size.query + 3 * size.hidden) * size.window + size.hidden**2)
+    asked = min(TRIAL_QUERIES, size.held_out, size.window)
+    attending = 5 * block + 4 * size.query * asked
+    missed = 4 * ((size.query + 3 * size.hidden) * asked + size.hidden**2)
     trial = 4 * size.source + heads + max(attending, missed)
     return {
         "float64 weights": 8 * size.source,

@@ -14,6 +14,7 @@ from mlakit.conversion.amounts import (
     HELD_OUT,
     SENSITIVITY_TOKENS,
     STEP_TOKENS,
+    TRIAL_QUERIES,
 )
 from mlakit.conversion.cost.dimensions import Dimensions
 from mlakit.conversion.cost.machine import (
@@ -117,6 +118,7 @@ def survey(size: Dimensions, passes: int) -> Work:
             passed=4 * 10 * size.heads * (size.head + rope),
         )
         tried += _attention(size, size.head + rope)
+    asked = min(TRIAL_QUERIES, size.held_out)
     keys, width = size.width // 2, size.width
     shared = Work(
         float64=2 * keys * row**2 + 2 * size.query * size.hidden * (size.query + size.hidden),
@@ -130,7 +132,7 @@ def survey(size: Dimensions, passes: int) -> Work:
     cut = Work(float64=2 * width**2 * row + 4 * width**3 + 9 * keys**3, passed=8 * 4 * width * row)
     read = Work(written=4 * size.hidden).times(size.tokens)
     once = forward(size).times(size.tokens) + seen.times(fitted) + read
-    chosen = tried.times(CANDIDATES * size.held_out) + axes.times(len(size.ropes))
+    chosen = tried.times(CANDIDATES * asked) + axes.times(len(size.ropes))
     return once.times(passes) + chosen + shared + cut
 
 
