@@ -14,7 +14,16 @@ from mlakit.errors import MlakitError, UsageError
 from mlakit.reporting.comparison import Missing, Point
 
 RUN_NAME, POINTS, MODELS, TEXTS = "run.json", "points", "models", "tasks"
-ROOMS = ("baselines", "comparison", "conversion", "data", "evaluation", "nn", "ops")
+ROOMS = (
+    "baselines",
+    "comparison",
+    "conversion",
+    "data",
+    "evaluation",
+    "generation",
+    "nn",
+    "ops",
+)
 """What a point's numbers depend on."""
 
 
