@@ -44,6 +44,10 @@ KEY_BLOCK = 512
 """Keys that a kernel takes at once, hidden or not: half of them more than a query sees. From 42 to
 45 and 71 to 77 GFLOP/s at windows of 512 and 2,048, as if no key were hidden but half."""
 
+SCATTERED = 1.7
+"""Time of attention of some queries, which takes a mask, over that of all: 55 to 61 GFLOP/s where
+one product has 100."""
+
 LAYER_SECONDS = 0.4
 """Building modules and configs of one layer, a few times."""
 
@@ -117,7 +121,8 @@ def survey(size: Dimensions, passes: int) -> Work:
             float32=2 * size.query * size.hidden + 2 * size.hidden**2,
             passed=4 * 10 * size.heads * (size.head + rope),
         )
-        tried += _attention(size, size.head + rope)
+        looked = _attention(size, size.head + rope)
+        tried += looked.times(SCATTERED if size.held_out > TRIAL_QUERIES else 1.0)
     asked = min(TRIAL_QUERIES, size.held_out)
     keys, width = size.width // 2, size.width
     shared = Work(
