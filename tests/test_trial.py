@@ -69,6 +69,10 @@ def test_a_trial_errs_as_the_uncut_student_does(
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-9)  # float32, differently summed
     monkeypatch.setattr(trial, "TRIAL_QUERIES", 10)  # of 48: every fourth
     some = Trial(weights, spec, factor, observer.held_out)
+    monkeypatch.setattr(trial, "TRIAL_QUERIES", 1)
+    ends = Trial(weights, spec, factor, observer.held_out)
+    assert [part.rows.tolist() for part in ends.windows] == [[23], [23]]
+    assert ends.error(rope).share >= 0
     for part, all_of_it in zip(some.windows, whole.windows, strict=True):
         assert part.rows.tolist() == [3, 7, 11, 15, 19, 23]
         read, rest = some._attend(part, rope), whole._attend(all_of_it, rope)

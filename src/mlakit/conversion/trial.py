@@ -73,7 +73,8 @@ class Trial:
         self.spec, self.factor = spec, factor
         self.output = weights.o.float()
         parts = [part.float() for part in (weights.q, weights.k, weights.v)]
-        stride = max(1, sum(len(window.inputs) for window in windows) // TRIAL_QUERIES)
+        lengths = [len(window.inputs) for window in windows]
+        stride = max(1, min(sum(lengths) // TRIAL_QUERIES, *lengths))  # one of each at least
         self.windows = [_heads(weights, parts, window, stride) for window in windows]
         mean = torch.stack([window.output.mean(0) for window in self.windows]).mean(0)
         squares = [(window.output - mean).double().square().sum() for window in self.windows]
