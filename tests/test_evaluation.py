@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from mlakit.data import NEUTRAL_LINES, passkey_prompt
 from mlakit.errors import MlakitError, UsageError, VerificationError
 from mlakit.evaluation import Subject, check, evaluate, verify
+from mlakit.evaluation.energy import EnergyMeter
 from mlakit.evaluation.memory import measure_cache, whole_pages
 from mlakit.evaluation.quality import (
     bootstrap,
@@ -360,6 +361,8 @@ def test_speed_has_both_models_at_every_length(source: Subject) -> None:
         # The cache grows by 256 bytes per token.
         assert points[1].bytes_moved - points[0].bytes_moved == 8 * 256
     assert speed.copy_bandwidth > 0
+    counted = EnergyMeter(source.model.device).counters
+    assert all((p.decode_joules_per_token is not None) == bool(counted) for p in speed.source)
     with pytest.raises(UsageError, match="context of 256"):
         measure_speed(source, lengths=(256,))
 

@@ -66,10 +66,14 @@ def likelihood(nll: float) -> Likelihood:
     )
 
 
-def points(rate: float) -> list[SpeedPoint]:
+def points(rate: float, joules: float | None = None) -> list[SpeedPoint]:
     return [
         SpeedPoint(
-            length=n, prefill_seconds=n / 1e4, decode_tokens_per_second=rate, bytes_moved=10**6
+            length=n,
+            prefill_seconds=n / 1e4,
+            decode_tokens_per_second=rate,
+            bytes_moved=10**6,
+            decode_joules_per_token=joules,
         )
         for n in (64, 128)
     ]
@@ -356,3 +360,13 @@ def test_a_failed_verification_raises() -> None:
     assert Verification.model_validate_json(
         verification().model_dump_json(exclude={"percent_of_own"})
     )
+
+
+def test_joules_stand_where_both_models_have_them() -> None:  # D40
+    report = two_models()
+    assert report.speed is not None
+    for result, expected in ((0.25, ["0.500", "0.250"]), (None, None)):
+        both = {"source": points(100.0, 0.5), "result": points(150.0, result)}
+        found = report.model_copy(update={"speed": report.speed.model_copy(update=both)})
+        listed = {row.label: [row.source, row.result] for row in rows(found)}
+        assert listed.get("decode at 64, joules/token") == expected

@@ -10,14 +10,13 @@ from typing import Annotated
 
 import typer
 
+from mlakit.cli.options import AsJson, DeviceOrBest
 from mlakit.errors import UsageError
 
 
 def bench(
     what: Annotated[str, typer.Argument(help="What to measure: decode.")],
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")
-    ] = None,
+    device: DeviceOrBest = None,
     heads: Annotated[
         str | None, typer.Option(help="Query head counts, e.g. 16,128; default: two sweeps.")
     ] = None,
@@ -56,7 +55,7 @@ def bench(
         Path | None,
         typer.Option("-o", "--output", help="Folder for bench.json and roofline.png."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time MLA decode beside the machine's ceilings and its rivals.
 

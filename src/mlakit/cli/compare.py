@@ -9,6 +9,20 @@ from typing import Annotated
 
 import typer
 
+from mlakit.cli.options import (
+    Chat,
+    Device,
+    Dtype,
+    Limit,
+    PrefixLength,
+    Recall,
+    RunGeneratedCode,
+    Shots,
+    SuffixLength,
+    Tasks,
+    Text,
+    WindowsScored,
+)
 from mlakit.errors import UsageError
 
 
@@ -28,25 +42,15 @@ def compare(
     budgets: Annotated[
         str, typer.Option(help="Shares of the model's own cache, between commas.")
     ] = "0.5,0.25,0.125",
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text to continue, PLACE or NAME=PLACE, repeatable: a text or JSONL file, a"
-            " folder, a dataset; default: the package's own."
-        ),
-    ] = None,
+    text: Text = None,
     calib: Annotated[
         list[str] | None,
         typer.Option(help="Text for methods that calibrate, as --text; default: the package's."),
     ] = None,
-    prefix_length: Annotated[
-        int | None, typer.Option(help="Tokens cached first; default: 3/4 of the context.")
-    ] = None,
-    suffix_length: Annotated[
-        int | None, typer.Option(help="Tokens scored after them; default: 1/4 of the context.")
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of each text to score.")] = 8,
-    recall: Annotated[bool, typer.Option(help="Ask passkey and key-value questions.")] = True,
+    prefix_length: PrefixLength = None,
+    suffix_length: SuffixLength = None,
+    windows: WindowsScored = 8,
+    recall: Recall = True,
     speed: Annotated[bool, typer.Option(help="Time decoding and the first token.")] = True,
     train_steps: Annotated[
         int,
@@ -56,33 +60,14 @@ def compare(
             " Mamba), e.g. 200; 0 gives their sizes alone.",
         ),
     ] = 0,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Asked of every row, as by mlakit eval: gsm8k, humaneval, or any task of lm-eval"
-            " (pip install 'mlakit[tasks]'); NAME=FILE takes the problems from a JSONL file."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Tasks: the first so many problems of each.")
-    ] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=0, help="Tasks: worked examples before each problem.")
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Tasks: wrap prompts in the chat template.")
-    ] = False,
-    run_generated_code: Annotated[
-        bool,
-        typer.Option(
-            "--run-generated-code", help="humaneval: allow running what the model writes."
-        ),
-    ] = False,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    shots: Shots = None,
+    chat: Chat = False,
+    run_generated_code: RunGeneratedCode = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
-    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:

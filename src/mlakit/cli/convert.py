@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlakit.cli.options import Device, Dtype
 from mlakit.cli.progress import show_progress
 from mlakit.conversion.amounts import CALIBRATION_TOKENS, WINDOW
 from mlakit.conversion.goal import PARTS
@@ -104,10 +105,8 @@ def convert(
         typer.Option(help="Text to measure the result on as well, as --calib; repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Chooses windows of a longer text.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Dtype = None,
+    device: Device = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:

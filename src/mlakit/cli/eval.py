@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from mlakit.spec import CacheKind
+from mlakit.cli.options import (
+    CacheFormat,
+    Chat,
+    Device,
+    Dtype,
+    Limit,
+    PrefixLength,
+    Recall,
+    RunGeneratedCode,
+    Shots,
+    SuffixLength,
+    Tasks,
+    Text,
+    WindowsScored,
+)
 
 
 def eval(
@@ -21,35 +35,15 @@ def eval(
         Path | None,
         typer.Option("-o", "--output", help="Folder for report.html, report.json and pictures."),
     ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="PLACE or NAME=PLACE, repeatable: a text or JSONL file, a folder, a dataset;"
-            " default: the package's own text."
-        ),
-    ] = None,
-    prefix_length: Annotated[
-        int | None, typer.Option(help="Tokens cached first; default: 3/4 of the context.")
-    ] = None,
-    suffix_length: Annotated[
-        int | None, typer.Option(help="Tokens scored after them; default: 1/4 of the context.")
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of each text to score.")] = 8,
-    recall: Annotated[bool, typer.Option(help="Ask passkey and key-value questions.")] = True,
+    text: Text = None,
+    prefix_length: PrefixLength = None,
+    suffix_length: SuffixLength = None,
+    windows: WindowsScored = 8,
+    recall: Recall = True,
     speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decode.")] = False,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="gsm8k, humaneval, or any task of lm-eval (pip install 'mlakit[tasks]');"
-            " NAME=FILE takes the problems from a JSONL file. Repeatable, or between commas."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Tasks: the first so many problems of each.")
-    ] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=0, help="Tasks: worked examples before each problem.")
-    ] = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    shots: Shots = None,
     samples: Annotated[
         int, typer.Option(min=1, help="humaneval: programs per problem, for pass@k.")
     ] = 1,
@@ -57,16 +51,9 @@ def eval(
         float | None,
         typer.Option(min=0.0, help="humaneval: of the samples; default: 0 for one, else 0.8."),
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Tasks: wrap prompts in the chat template.")
-    ] = False,
+    chat: Chat = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Tasks: prompts at a time.")] = 8,
-    run_generated_code: Annotated[
-        bool,
-        typer.Option(
-            "--run-generated-code", help="humaneval: allow running what the model writes."
-        ),
-    ] = False,
+    run_generated_code: RunGeneratedCode = False,
     before: Annotated[
         Path | None,
         typer.Option(
@@ -77,14 +64,9 @@ def eval(
         list[str] | None, typer.Option(help="Continue this side by side; repeatable.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of probes and intervals.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
-    ] = None,
-    cache_format: Annotated[
-        CacheKind | None,
-        typer.Option(help="Quantise the result's latents."),
-    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    cache_format: CacheFormat = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure quality, recall and cache bytes, alone or side by side; also tasks and speed.

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from mlakit.cli.options import Device
+
 
 def export(
     model: Annotated[str, typer.Argument(help="Converted checkpoint: folder or hub id.")],
@@ -32,7 +34,7 @@ def export(
         typer.Option(help="What the result is checked on, PLACE or NAME=PLACE, repeatable."),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text to read.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Device = "cpu",
     report: Annotated[
         str | None,
         typer.Option(help="Report of mlakit eval SOURCE MODEL, for the model card's quality."),

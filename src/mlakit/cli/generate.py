@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from mlakit.cli.options import AsJson, CacheFormat, Device, Dtype
 from mlakit.errors import UsageError
-from mlakit.spec import CacheKind
 
 
 def generate(
@@ -35,14 +35,10 @@ def generate(
         int | None, typer.Option(min=1, help="Prompts at a time; default: all together.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
-    ] = None,
-    cache_format: Annotated[
-        CacheKind | None, typer.Option(help="Quantise the latents of a converted model.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    cache_format: CacheFormat = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write text with a converted or an ordinary checkpoint."""
     from mlakit.api import generate as write

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mlakit.cli.options import AsJson
+
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
@@ -26,7 +28,7 @@ def inspect(
         Path | None,
         typer.Option(help="Draw what one token leaves in the cache of one layer, a PNG file."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint costs: parameters, cache, decode.
 

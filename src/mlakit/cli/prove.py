@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
+from mlakit.cli.options import AsJson
+
 
 def prove(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, GQA or equal-cache.")],
     picture: Annotated[
         Path | None, typer.Option(help="Draw where two heads' directions end, a PNG file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check that latent attention expresses more than GQA at the same cache, on your weights.
 

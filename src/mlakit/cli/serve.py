@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
+from mlakit.cli.options import CacheFormat, DeviceOrBest, Dtype
 from mlakit.errors import MlakitError
-from mlakit.spec import CacheKind
 
 
 def serve(
@@ -48,15 +48,9 @@ def serve(
     max_body: Annotated[
         str | None, typer.Option(help="Size of a request's body; default: 4MiB.")
     ] = None,
-    cache_format: Annotated[
-        CacheKind | None, typer.Option(help="Quantise the cached latents.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")
-    ] = None,
+    cache_format: CacheFormat = None,
+    dtype: Dtype = None,
+    device: DeviceOrBest = None,
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a Jinja template, instead of the tokenizer's.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlakit.cli.options import AsJson, Device, Dtype
 from mlakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,11 +31,9 @@ def trace(
         Path | None,
         typer.Option(help="Draw what every head looks at, a PNG file; with --layer larger."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: AsJson = False,
 ) -> None:
     """Follow a token through attention, tensor by tensor.
 

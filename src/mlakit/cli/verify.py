@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from mlakit.cli.options import AsJson, Device, Dtype, Text
+
 
 def verify(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id: the source.")],
@@ -13,19 +15,11 @@ def verify(
     max_kl: Annotated[
         float | None, typer.Option(help="Largest mean KL allowed, nats per token; else exit 4.")
     ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="PLACE or NAME=PLACE, repeatable: a text or JSONL file, a folder, a dataset;"
-            " default: the package's own text."
-        ),
-    ] = None,
+    text: Text = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text to read.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16; default: the checkpoint's.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check that a result keeps what its conversion promised.
 

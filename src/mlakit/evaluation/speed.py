@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from mlakit.errors import UsageError
+from mlakit.evaluation.energy import EnergyMeter
 from mlakit.evaluation.quality import Progress, feed
 from mlakit.evaluation.subject import Subject
 from mlakit.nn.hf import cache_nbytes, new_cache
@@ -52,15 +54,16 @@ def measure_speed(
             f"context of {source.context} tokens"
         )
     subjects = [s for s in (source, result) if s is not None]
+    meter = EnergyMeter(source.model.device)
     points: list[list[SpeedPoint]] = [[] for _ in subjects]
     generator = torch.Generator().manual_seed(seed)
     for index, length in enumerate(chosen):
         shape = (length + decoded_tokens,)
         ids = torch.randint(source.model.config.vocab_size, shape, generator=generator)
-        runs: list[list[tuple[float, float, int]]] = [[] for _ in subjects]
+        runs: list[list[Timing]] = [[] for _ in subjects]
         for repeat in range(repeats + 1):
             for subject, run in zip(subjects, runs, strict=True):
-                timing = _time_once(subject, ids, length)
+                timing = _time_once(subject, ids, length, meter)
                 if repeat:
                     run.append(timing)
         for subject, run, line in zip(subjects, runs, points, strict=True):
@@ -76,30 +79,38 @@ def measure_speed(
     )
 
 
+class Timing(NamedTuple):
+    """One prompt, read and continued."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    cache_bytes: int
+    decode_joules: float | None
+
+
 @torch.inference_mode()
-def _time_once(subject: Subject, ids: torch.Tensor, length: int) -> tuple[float, float, int]:
-    """(prefill seconds, decode seconds, cache bytes) of one prompt."""
+def _time_once(subject: Subject, ids: torch.Tensor, length: int, meter: EnergyMeter) -> Timing:
     model = subject.model
     ids = ids.to(model.device)
     cache = new_cache(model, 1, len(ids))
     start = _now(model.device)
     feed(model, ids[:length], cache, seen=0, last_only=True)
-    middle = _now(model.device)
+    middle, joules = _now(model.device), meter.read()
     for position in range(length, len(ids)):
         feed(model, ids[position : position + 1], cache, seen=position)
-    return middle - start, _now(model.device) - middle, cache_nbytes(cache)
+    end = _now(model.device)
+    return Timing(middle - start, end - middle, cache_nbytes(cache), meter.since(joules))
 
 
-def _point(
-    subject: Subject, length: int, decoded: int, run: list[tuple[float, float, int]]
-) -> SpeedPoint:
-    prefill, decode, nbytes = (statistics.median(column) for column in zip(*run, strict=True))
+def _point(subject: Subject, length: int, decoded: int, run: list[Timing]) -> SpeedPoint:
     weights = sum(p.nbytes for p in subject.model.parameters())
+    joules = [timing.decode_joules for timing in run if timing.decode_joules is not None]
     return SpeedPoint(
         length=length,
-        prefill_seconds=prefill,
-        decode_tokens_per_second=decoded / decode,
-        bytes_moved=weights + int(nbytes),
+        prefill_seconds=statistics.median(timing.prefill_seconds for timing in run),
+        decode_tokens_per_second=decoded / statistics.median(t.decode_seconds for t in run),
+        bytes_moved=weights + run[0].cache_bytes,
+        decode_joules_per_token=statistics.mean(joules) / decoded if joules else None,
     )
 
 

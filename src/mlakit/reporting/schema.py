@@ -252,12 +252,15 @@ class SpeedPoint(Record):
 
     Attributes:
         bytes_moved: weight and cache bytes one decoded token has to read at least.
+        decode_joules_per_token: mean over repeats of what the whole device spent, idle draw
+            included; None where it reports no energy.
     """
 
     length: int
     prefill_seconds: float
     decode_tokens_per_second: float
     bytes_moved: int
+    decode_joules_per_token: float | None = None
 
 
 class Speed(Record):

@@ -170,6 +170,10 @@ def _speed_rows(report: Report) -> list[Row]:
         listed.append(Row.of(f"prefill {at}, seconds", (number(p.prefill_seconds) for p in points)))
         rates = (number(p.decode_tokens_per_second) for p in points)
         listed.append(Row.of(f"decode {at}, tokens/s", rates))
+        spent = [p.decode_joules_per_token for p in points]
+        joules = [number(value) for value in spent if value is not None]
+        if len(joules) == len(points):
+            listed.append(Row.of(f"decode {at}, joules/token", joules))
     return listed
 
 
