@@ -19,6 +19,10 @@ EXACT = 5e-6
 """Relative error of float32 logits: rounding of weights (2^-24), times about ten for the sharp
 attention of these models. Measured 3e-7 to 1.2e-6."""
 
+TIES = 2
+"""Of 512 tokens, those that may stand so near a tie of two experts that rounding decides where they
+go. Measured: one token in one of the cases, on one of two kinds of processor."""
+
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
@@ -27,6 +31,14 @@ def logits(model: Any) -> torch.Tensor:
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
+
+
+def without_ties(actual: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both logits without the few tokens that differ most, ``[tokens, vocabulary]``."""
+    both = actual.flatten(0, 1), expected.flatten(0, 1)
+    worst = (both[0] - both[1]).norm(dim=1) / both[1].norm(dim=1)
+    kept = worst.argsort()[: len(worst) - TIES]
+    return both[0][kept], both[1][kept]
 
 
 @torch.no_grad()
@@ -47,7 +59,9 @@ def check_saved(folder: Path, plan: Any, tmp_path: Path) -> torch.Tensor:
         ],
         dim=1,
     )
-    assert relative_error(steps, found) < EXACT
+    routed = any(block.num_experts for block in read_model(result.config).feed_forwards)
+    compared = without_ties(steps, found) if routed else (steps, found)
+    assert relative_error(*compared) < EXACT
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), found)
     return found

@@ -132,22 +132,24 @@ def test_a_result_is_cached_in_its_bits_wherever_it_is_loaded(made: Path, bits: 
     verify(made / "source", folder, text=str(made / "text.txt"))
 
 
-def test_what_is_measured_is_what_the_cache_gives_back(made: Path) -> None:
+def test_what_is_measured_is_what_the_cache_gives_back(made: Path, tmp_path: Path) -> None:
     """The plan's KL on held-out text has the rounding in it: it is near what eval finds."""
-    folder, plan = made_with(made, "b4kl", kv_lora_rank=8, qk_rope_head_dim=16, cache_bits=4,
-                             dtype="float32")  # fmt: skip
-    exact, _ = made_with(made, "b16kl", kv_lora_rank=8, qk_rope_head_dim=16, dtype="float32")
-    options = {"text": str(made / "text.txt"), "recall": False, "max_new_tokens": 0, "windows": 8}
-    found = {
-        path.name: evaluate(made / "source", path, dtype="float32", **options).quality.agreement  # type: ignore[arg-type]
-        for path in (folder, exact)
-    }
-    few, many = (found[name].kl_mean.value for name in ("b4kl", "b16kl"))  # type: ignore[union-attr]
-    assert few > many
-    measured = plan.measured["held_out_kl"]  # type: ignore[attr-defined]
-    plain = json.loads((exact / "plan.json").read_text())["measured"]["held_out_kl"]
-    # Other windows and the prefix's cache alone: the extra loss agrees within a factor of two.
-    assert 0.5 < (few - many) / (measured - plain) < 2
+    # In float32, as a bfloat16 source is calibrated in whatever this processor multiplies.
+    source, text = save_tiny(tmp_path / "source", rough=True), made / "text.txt"
+    size = {"kv_lora_rank": 8, "qk_rope_head_dim": 16, "refine_steps": 0}
+    found, held_out = [], []
+    for bits in (4, 16):
+        out = tmp_path / str(bits)
+        plan = convert(source, out, calibration=text, calibration_tokens=4096, cache_bits=bits,
+                       **size)  # type: ignore[arg-type]  # fmt: skip
+        report = evaluate(source, out, text=str(text), recall=False, max_new_tokens=0, windows=16)
+        assert report.quality.agreement is not None
+        found.append(report.quality.agreement.kl_mean.value)
+        held_out.append(plan.measured["held_out_kl"])
+    assert found[0] > found[1]
+    # Other windows, and the prefix's cache alone: the extra loss agrees within a factor of two,
+    # measured 1.2 to 1.6 where other windows are held out.
+    assert 0.5 < (found[0] - found[1]) / (held_out[0] - held_out[1]) < 2
 
 
 def test_auto_prints_what_it_chose_from_and_resumes(made: Path) -> None:
