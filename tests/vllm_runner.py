@@ -25,6 +25,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=4,
         # vLLM 0.32's rotary kernel for CPUs takes a query of several heads for one head
         compilation_config={"custom_ops": ["all", "-rotary_embedding"]},
+        attention_backend="CPU_MLA",  # the one for AMX, where that is, takes bfloat16 alone
         **job["llm"],
     )
     prompts = (
