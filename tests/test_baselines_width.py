@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mlakit.baselines.linear import FeatureMap, imitation, mixed_attention, teac
 from mlakit.baselines.low_rank import value_pair
 from mlakit.baselines.prefix import Rotation, read_prefix
 from mlakit.baselines.reads import PAGE, page_bounds, pages_kept, read_share
-from mlakit.baselines.slicing import residual_moment
+from mlakit.baselines.slicing import residual_moment, slice_model
 from mlakit.baselines.states import linear_bytes, mamba_bytes, rwkv_bytes, yoco_bytes
 from mlakit.baselines.weight_size import DAMP, gptq, wanda
 from mlakit.baselines.weights import attentions
@@ -482,9 +483,15 @@ def test_mixed_attention_is_the_formula() -> None:
     scores = (queries @ near.repeat_interleave(2, 0).mT).masked_fill(
         torch.ones(3, 3, dtype=torch.bool).triu(1), -torch.inf
     )
-    got = mixed_attention(
-        found.of_queries(queries), found.state(far, values[:, :9]), scores, values[:, 9:]
-    )
+    read, state = found.of_queries(queries), found.state(far, values[:, :9])
+    got = mixed_attention(read, state, found.weight, scores, values[:, 9:])
+    # A shift of all scores, and of what the state counts, changes nothing at any size.
+    for shift in (-200.0, 200.0):
+        moved = mixed_attention(read, state, found.weight + shift, scores + shift, values[:, 9:])
+        torch.testing.assert_close(moved, got, atol=1e-4, rtol=1e-4)  # 200 in float32: 2^-17
+    alone = mixed_attention(read, state, found.weight - 500, scores, values[:, 9:])
+    exact = scores.softmax(-1) @ values[:, 9:].repeat_interleave(2, 0)
+    torch.testing.assert_close(alone, exact)
 
     def phi(x: Tensor, matrix: Tensor) -> Tensor:
         x = (x @ matrix).double()
@@ -522,6 +529,12 @@ def test_slicing_nothing_changes_nothing(bench: Bench, ids: Tensor) -> None:
     whole = continuation_logits(bench.source.model, ids, PREFIX)
     # A rotation there and back in float32, logits below 30.
     torch.testing.assert_close(logits(variant, ids), whole, atol=1e-3, rtol=0)
+
+
+def test_a_slice_stays_on_the_device(bench: Bench) -> None:
+    model = copy.deepcopy(bench.source.model).to("meta")
+    slice_model(model, torch.empty(bench.spec.hidden_size, 24, device="meta"), 0.0)
+    assert {part.device.type for part in model.parameters()} == {"meta"}
 
 
 def test_a_slice_is_its_formula(bench: Bench, ids: Tensor) -> None:

@@ -16,8 +16,8 @@ from mlakit.baselines import METHODS
 from mlakit.baselines.states import ARCHITECTURES
 from mlakit.cli import app
 from mlakit.comparison import Plan, compare, latent
-from mlakit.comparison.journal import code
-from mlakit.errors import UsageError
+from mlakit.comparison.journal import Journal, code
+from mlakit.errors import MlakitError, UsageError
 from mlakit.evaluation import open_subject
 from mlakit.evaluation.quality import cut_windows
 from mlakit.reporting.answers import best_at, smallest, tied, within_one_percent
@@ -82,6 +82,21 @@ def test_the_original_is_exact_and_first(tiny: Path, text: Path, tmp_path: Path)
 def test_same_seed_same_file(tiny: Path, text: Path, tmp_path: Path) -> None:
     first, second = (run(tiny, text, tmp_path / name).model_dump_json() for name in "ab")
     assert first == second
+
+
+def test_one_comparison_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    with Journal(tmp_path / "out", "this") as first:
+        first.models.mkdir(parents=True)
+        with pytest.raises(MlakitError, match="Another process is writing"):
+            Journal(tmp_path / "out", "this")
+        assert first.models.is_dir()
+    assert not first.models.exists()
+    with pytest.raises(UsageError, match="another comparison"):
+        Journal(tmp_path / "out", "that")
+    with pytest.raises(KeyboardInterrupt), Journal(tmp_path / "out", "this") as second:
+        second.models.mkdir(parents=True)
+        raise KeyboardInterrupt
+    assert second.models.is_dir()  # for the run that goes on
 
 
 def test_an_interrupted_run_goes_on(

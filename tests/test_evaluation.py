@@ -378,6 +378,17 @@ def test_evaluate_is_the_same_twice(source: Subject, text: Path) -> None:
     assert reports[0].recall is not None
 
 
+def test_prompts_are_written_as_far_as_the_context_reaches(source: Subject, text: Path) -> None:
+    found = evaluate(source, text=text, windows=1, recall=False, prompts=["a" * 246], **SHORT)
+    (sample,) = found.samples
+    assert len(source.tokenizer(sample.source).input_ids) <= 10
+    scored: list[str] = []
+    with pytest.raises(UsageError, match="prompt 0 has 256 tokens"):  # before anything is measured
+        evaluate(source, text=text, windows=1, prompts=["a" * 256], **SHORT,
+                 progress=lambda what, done, total: scored.append(what))  # fmt: skip
+    assert not scored
+
+
 def test_eval_and_verify_from_the_command_line(folder: Path, text: Path, tmp_path: Path) -> None:
     from mlakit.cli import app
 

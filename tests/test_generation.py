@@ -175,6 +175,27 @@ def test_only_whole_characters_are_released() -> None:
     assert stream(bytes_of("a€")[:-1]) == ["a", "", "", "\ufffd"]
 
 
+class CountingTokenizer:
+    """Ids 0 to 255 are bytes, 256 is a special token; counts the ids it decodes."""
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        self.decoded += len(ids)
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+@pytest.mark.parametrize("token", [256, 0x80], ids=["special", "no character"])
+def test_tokens_without_text_are_not_read_again_and_again(token: int) -> None:
+    tokenizer = CountingTokenizer()
+    text = TextStream(tokenizer, [65], ())
+    pieces = [text.push(token) for _ in range(1000)] + [text.push(byte) for byte in "ö".encode()]
+    assert tokenizer.decoded < 1000 * 100
+    pieces.append(text.finish())
+    assert "".join(pieces) == ("" if token == 256 else "\ufffd" * 1000) + "ö"
+
+
 def test_never_a_part_of_a_stop_string() -> None:
     assert stream(bytes_of("one###two"), ("###",)) == ["o", "n", "e", "", "", "", ""]
     assert stream(bytes_of("a##b"), ("###",)) == ["a", "", "", "##b", ""]

@@ -16,6 +16,7 @@ from mlakit import heal
 from mlakit.checkpoint import open_checkpoint
 from mlakit.errors import MlakitError, UsageError
 from mlakit.healing.forecast import Forecast
+from mlakit.healing.journal import Journal
 from mlakit.healing.latent_norm import needed_exponent
 from mlakit.healing.pair import Pair as Models
 from tiny_models import save_tiny
@@ -262,3 +263,17 @@ def test_a_dry_run_writes_nothing(pair: Pair, tmp_path: Path) -> None:
     report = quick_heal(pair, None)
     assert (found.trained, found.parameters) == (report.healed.trained, report.healed.parameters)
     assert not list(tmp_path.iterdir())
+
+
+def test_half_a_line_of_the_log_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "heal.jsonl"
+    journal = Journal(path, writes=True)
+    journal.add("healed", "check", 1, intervals={"nll": 1.0}, objective=2.0)
+    whole = path.read_text()
+    for torn in (whole[:-3], whole[:-2]):  # the second ends in a brace
+        path.write_text(whole + torn)
+        again = Journal(path, writes=True)
+        assert again.rows == journal.rows and path.read_text() == whole
+    path.write_text("{}}\n" + whole)
+    with pytest.raises(MlakitError, match="is damaged"):
+        Journal(path, writes=True)

@@ -300,11 +300,20 @@ def test_a_plan_is_plain_json_with_every_byte(tiny: Path, text: Path) -> None:
     assert str(tiny.parent) not in json.dumps(written)  # no paths of this machine
 
 
-def test_dtypes_change_bytes_but_not_the_ratio_of_numbers(tiny: Path, text: Path) -> None:
-    checkpoint = open_checkpoint(tiny)
-    plan = make_plan(checkpoint, Goal(cache_ratio=0.5), calibration=text, dtype="bfloat16")
-    assert plan.target.cache_width * 2 == plan.source_layer.cache_width
-    assert plan.cache_ratio == 0.25
+@pytest.mark.parametrize("bits", [16, 8])
+def test_dtypes_change_bytes_but_no_ratio(tiny: Path, text: Path, bits: Any) -> None:
+    """Both caches are counted in the result's dtype, as the source too would run in it."""
+    checkpoint, goal = open_checkpoint(tiny), Goal(cache_ratio=0.5, cache_bits=bits)
+    plans = [
+        make_plan(checkpoint, goal, calibration=text, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert plans[0].source_cache_bytes == 2 * plans[1].source_cache_bytes
+    for plan in plans:
+        assert plan.cache_ratio <= 0.5
+        assert plan.cache_ratio == plan.cache_bytes / plan.source_cache_bytes
+        if bits == 16:
+            assert plan.target.cache_width * 2 == plan.source_layer.cache_width
     with pytest.raises(UsageError, match="float8"):
         make_plan(checkpoint, Goal(equal_cache=True), dtype="float8")
 

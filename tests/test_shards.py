@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -91,6 +92,20 @@ def test_a_killed_writer_lets_go(tmp_path):
     assert LOCK_NAME in listing(tmp_path)
     ShardWriter(tmp_path, 1).close()
     assert listing(tmp_path) == set()
+
+
+def test_a_lock_that_was_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """The holder lets go between our opening of its file and our locking it."""
+    first, real = ShardWriter(tmp_path, 1), fcntl.flock
+
+    def flock(file, how):
+        monkeypatch.undo()
+        first.close()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with ShardWriter(tmp_path, 1), pytest.raises(MlakitError, match="Another process is writing"):
+        ShardWriter(tmp_path, 1)
 
 
 def test_full_disk_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):

@@ -48,8 +48,8 @@ class FeatureMap:
         )
 
     def of_queries(self, queries: Tensor) -> Tensor:
-        """Features ``[H, S, F]``, weighted, of queries ``[H, S, d]``."""
-        return features(queries @ self.query) * self.weight.exp()
+        """Features ``[H, S, F]`` of queries ``[H, S, d]``."""
+        return features(queries @ self.query)
 
     def state(self, keys: Tensor, values: Tensor) -> Tensor:
         """The state ``[G, F, d_v + 1]`` of keys and values ``[G, P, d]``; ones give the sums."""
@@ -62,12 +62,15 @@ def features(x: Tensor) -> Tensor:
     return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
 
 
-def mixed_attention(features: Tensor, state: Tensor, scores: Tensor, values: Tensor) -> Tensor:
+def mixed_attention(
+    features: Tensor, state: Tensor, weight: Tensor, scores: Tensor, values: Tensor
+) -> Tensor:
     """Softmax over exact tokens and linear attention over a state, in one average.
 
     Args:
         features: of the queries ``[H, S, F]``, float32.
         state: ``[G, F, d_v + 1]``.
+        weight: logarithm of what the state counts, ``[H, 1, 1]``.
         scores: of the exact tokens ``[H, S, n]``, minus infinity where they are not seen.
         values: of the exact tokens ``[G, n, d_v]``.
 
@@ -76,11 +79,12 @@ def mixed_attention(features: Tensor, state: Tensor, scores: Tensor, values: Ten
     """
     repeats = len(features) // len(state)
     state, values = (x.repeat_interleave(repeats, 0) for x in (state, values))
-    top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp()
-    far = features @ state * (-top).exp()
-    near = weights @ values
-    return (near + far[..., :-1]) / (weights.sum(-1, keepdim=True) + far[..., -1:])
+    sums = features @ state
+    far, count = sums[..., :-1], sums[..., -1:].clamp_min(torch.finfo(sums.dtype).tiny)
+    share = count.log() + weight  # as a score, so that scores of any size stay finite
+    top = torch.maximum(scores.amax(-1, keepdim=True), share).detach()
+    weights, share = (scores - top).exp(), (share - top).exp()
+    return (weights @ values + share * (far / count)) / (weights.sum(-1, keepdim=True) + share)
 
 
 class StateLayer(PrefixLayer):
@@ -113,8 +117,9 @@ class MixedAttention(TorchFunctionMode):
         keys, values = layer.keys[0].float(), layer.values[0].float()
         scale = kwargs.get("scale") or queries.shape[-1] ** -0.5
         scores = causal_scores(queries, keys, scale)
-        read = layer.model_parts().of_queries(queries)
-        return mixed_attention(read, layer.state, scores, values)[None].to(dtype)
+        found = layer.model_parts()
+        read = found.of_queries(queries)
+        return mixed_attention(read, layer.state, found.weight, scores, values)[None].to(dtype)
 
 
 def causal_scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -174,7 +179,8 @@ def imitation(found: FeatureMap, sample: Sample, scale: float) -> Tensor:
     exact = causal_scores(asked, keys, scale).softmax(-1) @ values.repeat_interleave(repeats, 0)
     near = causal_scores(asked, keys[:, half:], scale)
     state = found.state(keys[:, :half], values[:, :half])
-    mixed = mixed_attention(found.of_queries(asked), state, near, values[:, half:])
+    read = found.of_queries(asked)
+    mixed = mixed_attention(read, state, found.weight, near, values[:, half:])
     return (mixed - exact).square().mean() / exact.square().mean()
 
 

@@ -69,7 +69,7 @@ def slice_model(model: Any, basis: Tensor, offset: float) -> None:
             linear.out_features = width
     for norm, readers in norms:
         fold_norm(norm, readers, offset)
-        norm.weight = _parameter(torch.full((width,), (size / width) ** 0.5 - offset), dtype)
+        norm.weight = _parameter(basis.new_full((width,), (size / width) ** 0.5 - offset), dtype)
         for linear in readers:
             linear.weight = _parameter(linear.weight.float() @ basis, dtype)
             linear.in_features = width

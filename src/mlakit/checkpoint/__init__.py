@@ -3,6 +3,7 @@
 from mlakit.checkpoint.header import ShardHeader, TensorInfo, read_header
 from mlakit.checkpoint.reading import Checkpoint, open_checkpoint
 from mlakit.checkpoint.writing import (
+    FolderLock,
     ShardWriter,
     atomic_file,
     copy_side_files,
@@ -14,6 +15,7 @@ from mlakit.checkpoint.writing import (
 
 __all__ = [
     "Checkpoint",
+    "FolderLock",
     "ShardHeader",
     "ShardWriter",
     "TensorInfo",

@@ -117,6 +117,49 @@ def require_writable(folder: Path) -> None:
         )
 
 
+class FolderLock:
+    """Holds an output folder for one writer, until ``close`` or the end of the process.
+
+    Args:
+        folder: made if needed.
+
+    Raises:
+        MlakitError: another process holds it, or nothing can be written there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK_NAME
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("w")
+            except OSError as error:
+                raise _write_error(folder, 0, error) from error
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._file.close()
+                raise MlakitError(
+                    f"Another process is writing to {folder}",
+                    remedy="wait for it, stop it, or choose another output folder",
+                ) from error
+            if self._is_there():
+                return
+            self._file.close()  # its holder removed it between our two steps
+
+    def close(self) -> None:
+        """Lets go; a second time does nothing."""
+        if not self._file.closed:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+
 class ShardWriter:
     """Writes a checkpoint shard by shard; the index, written last, makes the folder complete.
 
@@ -134,19 +177,7 @@ class ShardWriter:
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
         self.count = count
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / LOCK_NAME).open("w")
-        except OSError as error:
-            raise _write_error(folder, 0, error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise MlakitError(
-                f"Another process is writing to {folder}",
-                remedy="wait for it, stop it, or choose another output folder",
-            ) from error
+        self._lock = FolderLock(folder)
         for partial in folder.glob(f"model-*{PARTIAL_SUFFIX}"):
             partial.unlink()
 
@@ -163,9 +194,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Lets go of the folder."""
-        if not self._lock.closed:
-            (self.folder / LOCK_NAME).unlink(missing_ok=True)
-            self._lock.close()
+        self._lock.close()
 
     def path(self, shard: int) -> Path:
         """File of shard ``shard`` (1 to ``count``)."""
@@ -199,6 +228,10 @@ class ShardWriter:
             MlakitError: the disk is full; nothing half-written stays.
         """
         write_tensors(self.path(shard), tensors)
+
+    def begin(self) -> None:
+        """Removes an index: until ``finish`` the folder is no checkpoint."""
+        (self.folder / INDEX_NAME).unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Writes the index: from here on the folder is a complete checkpoint.

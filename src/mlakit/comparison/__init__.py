@@ -139,12 +139,11 @@ def compare(
     asked = TaskExam(source, fit_tasks(chosen, source, None), seed, progress)
     parts = _parts(source, cut, calibrating) | {"recall": recall, "seed": seed, "speed": speed}
     parts |= asked.identity
-    journal = Journal(folder, identity(parts | {"versions": environment.versions}))
-    exam = Exam(source, cut, seed=seed, recall=recall)
     window = usual_window(calibrating, CALIBRATION_TOKENS)
-    bench = Bench(source, spec, path, journal.models, calibrating, seed, train_steps, window)
-    found = _Run(exam, asked, bench, journal, speed, progress).measure(plan.steps)
-    journal.close()
+    with Journal(folder, identity(parts | {"versions": environment.versions})) as journal:
+        exam = Exam(source, cut, seed=seed, recall=recall)
+        bench = Bench(source, spec, path, journal.models, calibrating, seed, train_steps, window)
+        found = _Run(exam, asked, bench, journal, speed, progress).measure(plan.steps)
     measured = _comparison(exam, bench, plan, found, environment)
     return measured.model_copy(update={"answers": answers(measured)})
 

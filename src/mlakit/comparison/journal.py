@@ -9,7 +9,8 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-from mlakit.checkpoint import write_json_atomic
+from mlakit.checkpoint import FolderLock, write_json_atomic
+from mlakit.checkpoint.writing import LOCK_NAME
 from mlakit.errors import MlakitError, UsageError
 from mlakit.reporting.comparison import Missing, Point
 
@@ -36,7 +37,7 @@ def code() -> str:
 
 
 class Journal:
-    """The folder of a comparison.
+    """The folder of a comparison, held until the end of the block.
 
     Args:
         folder: new, empty, or left by the same comparison.
@@ -44,25 +45,40 @@ class Journal:
 
     Raises:
         UsageError: the folder holds something else.
+        MlakitError: another comparison is writing to it.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder = folder
-        record = folder / RUN_NAME
-        if record.is_file():
-            if json.loads(record.read_text(encoding="utf-8")).get("identity") != identity:
-                raise UsageError(
-                    f"{folder} holds another comparison (model, text, lengths, seed, dtype, "
-                    "device or version differ)",
-                    remedy="choose another folder, or delete this one",
-                )
-        elif folder.is_dir() and any(folder.iterdir()):
+        _check_files(folder)
+        self._lock = FolderLock(folder)
+        try:
+            self._check_record(identity)
+        except MlakitError:
+            self._lock.close()
+            raise
+        (folder / POINTS).mkdir(exist_ok=True)
+        write_json_atomic(folder / RUN_NAME, {"identity": identity})
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Lets go; after the end deletes the checkpoints that were only needed on the way."""
+        if kind is None:
+            shutil.rmtree(self.folder / MODELS, ignore_errors=True)
+        self._lock.close()
+
+    def _check_record(self, identity: str) -> None:
+        record = self.folder / RUN_NAME
+        if not record.is_file():
+            return
+        if json.loads(record.read_text(encoding="utf-8")).get("identity") != identity:
             raise UsageError(
-                f"{folder} is not empty and was not made by mlakit compare",
-                remedy="choose a new folder; nothing is ever overwritten",
+                f"{self.folder} holds another comparison (model, text, lengths, seed, dtype, "
+                "device or version differ)",
+                remedy="choose another folder, or delete this one",
             )
-        (folder / POINTS).mkdir(parents=True, exist_ok=True)
-        write_json_atomic(record, {"identity": identity})
 
     @property
     def models(self) -> Path:
@@ -90,12 +106,17 @@ class Journal:
         path = self._path(point.method, point.setting)
         write_json_atomic(path, {"code": code(), "point": point.model_dump(mode="json")})
 
-    def close(self) -> None:
-        """Deletes the checkpoints that were only needed on the way."""
-        shutil.rmtree(self.folder / MODELS, ignore_errors=True)
-
     def _path(self, method: str, setting: str) -> Path:
         return self.folder / POINTS / f"{file_name(method, setting)}.json"
+
+
+def _check_files(folder: Path) -> None:
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if found - {LOCK_NAME} and RUN_NAME not in found:
+        raise UsageError(
+            f"{folder} is not empty and was not made by mlakit compare",
+            remedy="choose a new folder; nothing is ever overwritten",
+        )
 
 
 def file_name(method: str, setting: str) -> str:

@@ -5,7 +5,9 @@ No torch before the work begins, so that a dry run is quick.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +18,7 @@ from mlakit.checkpoint.reading import PLAN_NAME
 from mlakit.checkpoint.writing import LOCK_NAME
 from mlakit.conversion.amounts import CALIBRATION_TOKENS
 from mlakit.conversion.goal import EqualCacheForm, Goal, Ranks
-from mlakit.conversion.plan import (
-    ConversionPlan,
-    Progress,
-    make_plan,
-    resized,
-)
+from mlakit.conversion.plan import WORK_NAME, ConversionPlan, Progress, make_plan, resized
 from mlakit.data import BUILTIN, SourceLike, named_sources
 from mlakit.errors import MlakitError, UsageError
 
@@ -159,7 +156,8 @@ def convert(
     )
     require_free_space(folder, plan.estimate.disk_bytes - _used(folder))
     with ShardWriter(folder, plan.shards) as shards:
-        return run.write(shards)
+        # Another run may have come between: only now does the folder belong to this one.
+        return _finished(folder, plan) or run.write(shards)
 
 
 def _finished(folder: Path, plan: ConversionPlan) -> ConversionPlan | None:
@@ -193,6 +191,7 @@ def _finished(folder: Path, plan: ConversionPlan) -> ConversionPlan | None:
         )
     if status != "complete" or not _whole(folder):
         return None
+    shutil.rmtree(folder / WORK_NAME, ignore_errors=True)  # left by a run that ended at the end
     ranks = [layer["kv_lora_rank"] for layer in written["layers"]]
     first = written["layers"][0]
     sized = resized(plan, ranks, first["qk_rope_head_dim"], first["cache_format"])
@@ -209,4 +208,9 @@ def _whole(folder: Path) -> bool:
 
 
 def _used(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes there now; another run may be removing files meanwhile."""
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found += path.stat().st_size if path.is_file() else 0
+    return found

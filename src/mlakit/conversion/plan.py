@@ -63,7 +63,7 @@ class ConversionPlan:
         layers: the target layers.
         tensors: every tensor of the result.
         source_nbytes: of all tensors of the source.
-        source_cache_bytes: per token, all layers, in the source's dtype.
+        source_cache_bytes: per token, all layers, in the dtype of the result.
         mha_cache_bytes: the same with one key/value head per query head.
         cache_bytes: the same of the result.
         measured: what calibration found; filled in as the run goes.
@@ -205,7 +205,8 @@ def make_plan(
         )
     require_expressible(goal.engine, model, goal.method)
     _check_method(model, goal)
-    itemsize = _itemsize(checkpoint, model, None)
+    # The source's cache too is counted in the result's dtype: a ratio compares what is cached.
+    itemsize = _itemsize(checkpoint, model, dtype)
     layers = tuple(target_layer(layer, goal, itemsize) for layer in model.layers)
     texts = None
     if not goal.equal_cache:
@@ -214,7 +215,7 @@ def make_plan(
         named_sources([*sources, *checks])  # no name twice
         texts = plan_texts(model, sources, checks, calibration_tokens, seed, calibration_window)
     tensors = _tensors(checkpoint, model, layers, goal, dtype)
-    source, stored = model.layers[0], _itemsize(checkpoint, model, dtype)
+    source = model.layers[0]
     plan = ConversionPlan(
         source=_name(checkpoint.source),
         fingerprint=checkpoint.fingerprint,
@@ -231,7 +232,7 @@ def make_plan(
         * sum(
             layer.num_attention_heads * (layer.head_dim + layer.value_dim) for layer in model.layers
         ),
-        cache_bytes=sum(layer.cache_row_bytes(stored) for layer in layers),
+        cache_bytes=sum(layer.cache_row_bytes(itemsize) for layer in layers),
         estimate=Estimate(0, 0, 0.0),
         warnings=(),
     )

@@ -107,6 +107,7 @@ class Run:
         """
         self.shards = shards
         self.work = shards.folder / WORK_NAME
+        shards.begin()
         self.plan.write(shards.folder, "running")
         self.round = self.work
         self.work.mkdir(exist_ok=True)
@@ -298,7 +299,7 @@ class Run:
         write_json_atomic(folder / "config.json", config)
         self.shards.finish()
         plan.write(folder, "complete")
-        shutil.rmtree(self.work)
+        shutil.rmtree(self.work, ignore_errors=True)  # who finds it complete does so too
         self.progress("write", 1, 1)
         return plan
 
@@ -321,15 +322,14 @@ class Run:
         bias = tensors.get("kv_a_proj_with_mqa.bias", down.new_zeros(len(down)))
         latent = torch.cat([down, bias[:, None]], 1)[: self.plan.layers[index].kv_lora_rank]
         weights = layer_weights(self.reader, index)
-        bound = latent_bound(latent, weights.norm)
-        write_json_atomic(
-            self._facts(index), {**facts, "norm_exponent": identity_norm_exponent(bound)}
-        )
+        exponent = identity_norm_exponent(latent_bound(latent, weights.norm))
         prefix, spec = self.family.attention_prefix(index), self.model.layers[index]
         source = self.reader.attention(index)
         tensors = stored_tensors(tensors, source, spec, self.plan.layers[index])
         new = {prefix + name: tensor for name, tensor in tensors.items()}
         self.shards.write(index + 1, self._shard(index + 1, new))
+        # Last: in a search the shard of an earlier round may stand where this round's shall.
+        write_json_atomic(self._facts(index), {**facts, "norm_exponent": exponent})
 
     def _rest(self, exponent: int) -> Tensors:
         """Embeddings, final norm, output matrix, and the latent norms that change nothing."""

@@ -134,6 +134,7 @@ def evaluate(
     if earlier is not None:
         require_same_source(earlier, ours.fingerprint, ours.name)
     chosen = fit_tasks(chosen, ours, theirs)
+    written = _samples(ours, theirs, prompts, cut, max_new_tokens)  # first: a prompt may not fit
     scores = score_windows(ours, theirs, cut, progress=progress)
     asked = run_tasks(chosen, ours, theirs, seed=seed, progress=progress)
     memory = measure_memory(ours, theirs, length=whole_pages(cut.ids.shape[1] - 1))
@@ -148,7 +149,7 @@ def evaluate(
         tasks=asked,
         before=None if earlier is None else tasks_before(earlier, asked),
         speed=measure_speed(ours, theirs, seed=seed, progress=progress) if speed else None,
-        samples=_samples(ours, theirs, prompts, cut, max_new_tokens),
+        samples=written,
         stages=list(stages),
         layer_errors=list(layer_errors),
         environment=describe_environment(command=command, seed=seed, device=ours.model.device),
@@ -162,16 +163,20 @@ def _samples(
     cut: Windows,
     max_new_tokens: int,
 ) -> list[Sample]:
-    """Greedy continuations of the same prompts by both models."""
-    if max_new_tokens == 0:
-        return []
+    """Greedy continuations of the same prompts by both models, as far as the context reaches."""
     if prompts is None:
         texts = source.tokenizer.batch_decode(cut.ids[:3], skip_special_tokens=True)
-        prompts = [_opening(text) for text in texts]
+        prompts = [opening for text in texts if (opening := _opening(text))]
+    if max_new_tokens == 0 or not prompts:
+        return []
+    subjects = [subject for subject in (source, result) if subject is not None]
+    longest = max(len(s.tokenizer(prompt).input_ids) for s in subjects for prompt in prompts)
+    room = max(1, min(s.context for s in subjects) - longest)
     written = [
-        generate(s.model, s.tokenizer, list(prompts), max_new_tokens=max_new_tokens).texts
-        for s in (source, result)
-        if s is not None
+        generate(
+            s.model, s.tokenizer, list(prompts), max_new_tokens=min(max_new_tokens, room)
+        ).texts
+        for s in subjects
     ]
     theirs = written[1] if result is not None else [None] * len(prompts)
     return [

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+UNDECIDED = 16
+"""Tokens that may wait for a character to be whole. Its bytes are four at most: what has not become
+text by then never will, and looking at it again with every token would take longer each time."""
+
 PROMPT_TAIL = 8
 """Tokens of the prompt that are decoded along, so that the first piece keeps its space."""
 
@@ -37,7 +41,8 @@ class TextStream:
         """Adds a token and returns the text that is certain now, often none."""
         self.ids.append(token)
         fresh = self._fresh()
-        if not fresh or fresh.endswith("\ufffd"):  # a character whose bytes are still coming
+        waits = not fresh or fresh.endswith("\ufffd")  # a character whose bytes are still coming
+        if waits and len(self.ids) - self.read <= UNDECIDED:
             return ""
         self.start, self.read = self.read, len(self.ids)
         return self._release(fresh)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlakit.checkpoint import write_text_atomic
+from mlakit.errors import MlakitError
 
 LOG_NAME = "heal.jsonl"
 Row = dict[str, Any]
@@ -29,9 +30,16 @@ class Journal:
         self.path, self.writes = path, writes
         self.rows: list[Row] = []
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            # A killed process may have left half a line behind.
-            self.rows = [json.loads(line) for line in lines if line.endswith("}")]
+            *lines, torn = path.read_text(encoding="utf-8").split("\n")
+            try:
+                self.rows = [json.loads(line) for line in lines]
+            except ValueError as error:
+                raise MlakitError(
+                    f"{path} is damaged: {error}",
+                    remedy="delete the unfinished folder; its run begins anew",
+                ) from error
+            if torn and writes:  # a killed process left half a line behind
+                self._write()
 
     def add(self, arm: str, kind: str, step: int, **facts: Any) -> Row:
         """Appends a row."""
@@ -57,7 +65,10 @@ class Journal:
             if row["arm"] != arm or row["kind"] == "event" or row["step"] <= step
         ]
         if self.writes:
-            write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._write()
+
+    def _write(self) -> None:
+        write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def stopped(self, arm: str) -> str | None:
         """Why an arm has ended; None while it has not."""

@@ -148,6 +148,7 @@ def _run_to(folder: Path, inputs: Inputs, told: Told | None) -> HealReport:
             folder.rmdir()  # it was empty
         partial.replace(folder)
         shutil.rmtree(folder / ARMS_NAME)
+        (folder / RUN_NAME).unlink()  # not before: it says whose the unfinished folder is
     return report
 
 
@@ -259,7 +260,6 @@ class _Run:
         report.write(self.folder)
         write_card(inputs.student, self.folder, report.card_lines())
         write_picture(report, self.folder)
-        (self.folder / RUN_NAME).unlink()
         return report
 
     def _report(

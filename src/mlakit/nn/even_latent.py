@@ -46,23 +46,32 @@ def even_latents(model: Any) -> None:
         model: a converted language model of transformers.
     """
     name = FAMILIES[model.config.model_type.removeprefix("mla_")].input_norm
+    doublings = 0
     for layer in model.model.layers:
-        even_attention(layer.self_attn, None if name is None else getattr(layer, name))
+        norm = None if name is None else getattr(layer, name)
+        doublings = max(doublings, even_attention(layer.self_attn, norm))
+    _make_room(model, doublings)
 
 
 @torch.no_grad()
-def even_attention(attention: MLAttention, norm: nn.Module | None) -> None:
-    """The same for one layer.
+def even_attention(attention: MLAttention, norm: nn.Module | None) -> int:
+    """The same for one layer, all but its latent norm.
 
     Args:
         attention: the layer's.
         norm: in front of it, if there is one.
+
+    Returns:
+        How many times the latents may have doubled in length, for the norm to stay the identity.
     """
-    moment = latent_moment(attention, norm)
+    moment, doublings = latent_moment(attention, norm), 0
     for rows, up in _parts(attention):
         weight = up.weight.double()
         change, back = even_basis(moment[rows, rows], weight.mT @ weight)
         _fold(attention, rows, up, change, back)
+        longer = max(1.0, float(torch.linalg.matrix_norm(change, 2)))
+        doublings = max(doublings, math.ceil(math.log2(longer)))
+    return doublings
 
 
 def even_basis(moment: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,13 +140,22 @@ def _fold(attention: MLAttention, rows: slice, up: nn.Linear, change: Tensor, ba
         if part is not None:
             part[rows] = (change @ part[rows].double()).to(part.dtype)
     up.weight.copy_(up.weight.double() @ back)
-    if not isinstance(attention, ArticleAttention):  # a norm: the identity for longer latents too
-        longer = math.ceil(math.log2(max(1.0, float(torch.linalg.matrix_norm(change, 2)))))
-        norm = attention.kv_a_layernorm
-        room = torch.finfo(norm.weight.dtype).max / float(norm.weight.max())
-        longer = min(longer, math.floor(math.log2(room)))
-        norm.variance_epsilon *= 4.0**longer
-        norm.weight.mul_(2.0**longer)
+
+
+def _make_room(model: Any, doublings: int) -> None:
+    """Latent norms, the identity by their epsilon, stay it for longer latents; all alike.
+
+    The config has one epsilon for all layers, so that a saved model is this one again.
+    """
+    if model.config.mla_form == "article":  # it has none
+        return
+    norms = [layer.self_attn.kv_a_layernorm for layer in model.model.layers]
+    room = min(torch.finfo(n.weight.dtype).max / float(n.weight.max()) for n in norms)
+    doublings = min(doublings, math.floor(math.log2(room)))
+    model.config.latent_norm_eps *= 4.0**doublings
+    for norm in norms:
+        norm.variance_epsilon *= 4.0**doublings
+        norm.weight.mul_(2.0**doublings)
 
 
 def _lifted(matrix: Tensor) -> Tensor:
