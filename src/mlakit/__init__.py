@@ -15,3 +15,7 @@ def __getattr__(name: str) -> Any:
     if name in api.__all__:
         return getattr(api, name)
     raise AttributeError(f"module 'mlakit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(["__version__", *import_module("mlakit.api").__all__])

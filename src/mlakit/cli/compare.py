@@ -152,9 +152,11 @@ def _show_plan(plan: object, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
+    width = max(len(row["method"]) for row in rows)
     for row in rows:
         settings = ", ".join(row["settings"]) or "no setting for this model"
-        typer.echo(f"{row['method']:14} {row['title']} ({settings})\n{'':14} {row['differs']}")
+        typer.echo(f"{row['method']:{width}} {row['title']} ({settings})")
+        typer.echo(f"{'':{width}} {row['differs']}")
 
 
 def _items(text: str) -> list[str]:

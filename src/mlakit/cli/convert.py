@@ -152,7 +152,8 @@ def convert(
             print_measured(plan, Console())
             parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in spent.items())
             whole = f"{time.monotonic() - started:.1f} s: {parts}{_peak(device)}"
-            typer.echo(f"{output} is complete ({whole}). Next:")
+            how = f"is complete ({whole})" if parts else "was complete already"
+            typer.echo(f"{output} {how}. Next:")
             for words in (
                 ("verify", model, str(output)),
                 ("eval", model, str(output)),
@@ -211,7 +212,7 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
     from mlakit.conversion.card import cached_by, domain_list, size_words
 
     source, most = plan.source_layer, "at most " if plan.open else ""
-    searched = most if plan.goal.max_kl is not None else ""
+    cached = plan.most_cached
     _line(
         console,
         "attention",
@@ -222,8 +223,9 @@ def print_plan(plan: ConversionPlan, console: Console) -> None:
     _line(
         console,
         "cache per token",
-        f"{plan.source_cache_bytes:,} -> {searched}{plan.cache_bytes:,} bytes:"
-        f" {plan.cache_ratio:.1%} of its own, {plan.mha_ratio:.1%} of MHA",
+        f"{plan.source_cache_bytes:,} -> {most}{cached:,} bytes:"
+        f" {cached / plan.source_cache_bytes:.1%} of its own,"
+        f" {cached / plan.mha_cache_bytes:.1%} of MHA",
     )
     growth = plan.nbytes / plan.source_nbytes - 1
     _line(

@@ -324,7 +324,12 @@ def print_report(report: HealReport, console: Console) -> None:
     """What was gained, in a table."""
     from rich.table import Table
 
-    from mlakit.healing.report import cache_in_words, losses_in_words, rates_in_words
+    from mlakit.healing.report import (
+        NOTHING_GAINED,
+        cache_in_words,
+        losses_in_words,
+        rates_in_words,
+    )
 
     healed = report.healed
     _line(console, "trained", f"{healed.trained:,} of {healed.parameters:,} parameters")
@@ -348,6 +353,8 @@ def print_report(report: HealReport, console: Console) -> None:
         f"{held_out['windows']} windows of {held_out['text']}, {held_out['suffix_length']} tokens"
         f" after a cached prefix of {held_out['prefix_length']}",
     )
+    if report.nothing_gained:
+        _line(console, "result", f"{NOTHING_GAINED}; try more --steps, or another --learning-rate")
 
 
 def _line(console: Console, name: str, value: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mlakit.cli.options import AsJson
+from mlakit.cli.options import AsJson, png
 
 
 def inspect(
@@ -26,7 +26,9 @@ def inspect(
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw what one token leaves in the cache of one layer, a PNG file."),
+        typer.Option(
+            callback=png, help="Draw what one token leaves in the cache of one layer, a PNG file."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

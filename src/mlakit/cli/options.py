@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mlakit.errors import UsageError
 from mlakit.spec import CacheKind
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
@@ -35,6 +37,14 @@ SuffixLength = Annotated[
 ]
 WindowsScored = Annotated[int, typer.Option(min=1, help="Windows of each text to score.")]
 Recall = Annotated[bool, typer.Option(help="Ask passkey and key-value questions.")]
+
+
+def png(path: Path | None) -> Path | None:
+    """A picture's name, refused where it promises another format."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise UsageError(f"--picture {path}: pictures are PNG files", remedy="end it in .png")
+    return path
+
 
 Tasks = Annotated[
     list[str] | None,

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from mlakit.cli.options import AsJson
+from mlakit.cli.options import AsJson, png
 
 
 def prove(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, GQA or equal-cache.")],
     picture: Annotated[
-        Path | None, typer.Option(help="Draw where two heads' directions end, a PNG file.")
+        Path | None,
+        typer.Option(callback=png, help="Draw where two heads' directions end, a PNG file."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

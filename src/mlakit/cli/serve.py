@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mlakit.cli.options import CacheFormat, DeviceOrBest, Dtype
-from mlakit.errors import MlakitError
+from mlakit.errors import MlakitError, UsageError
 
 
 def serve(
@@ -78,6 +78,8 @@ def serve(
     options = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
     from mlakit.serving.http.serve import serve as run
 
+    if as_json and not dry_run:
+        raise UsageError("--json is for --dry-run", remedy="a request's JSON is in the log anyway")
     try:
         with log_to_stderr():
             found = run(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlakit.cli.options import AsJson, Device, Dtype
+from mlakit.cli.options import AsJson, Device, Dtype, png
 from mlakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ def trace(
     ] = False,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Draw what every head looks at, a PNG file; with --layer larger."),
+        typer.Option(
+            callback=png, help="Draw what every head looks at, a PNG file; with --layer larger."
+        ),
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,

@@ -145,6 +145,8 @@ def compare(
         bench = Bench(source, spec, path, journal.models, calibrating, seed, train_steps, window)
         found = _Run(exam, asked, bench, journal, speed, progress).measure(plan.steps)
     measured = _comparison(exam, bench, plan, found, environment)
+    if methods is not None:  # nobody asked for what is only counted
+        measured = measured.model_copy(update={"sized": []})
     return measured.model_copy(update={"answers": answers(measured)})
 
 

@@ -95,7 +95,7 @@ def convert(
         seed: chooses the windows of a longer text, and what the model writes.
         dtype: of the result; the source's if None.
         device: where layers run, ``cpu`` or ``cuda``.
-        dry_run: only plan.
+        dry_run: only plan, and check the output folder unless that is "".
         progress: called with (stage, steps done, steps in all).
 
     Returns:
@@ -134,7 +134,7 @@ def convert(
         dtype=dtype,
         device=device,
     )
-    if dry_run:
+    if dry_run and not str(output):
         return plan
     folder = Path(output).expanduser()
     if folder.resolve().is_relative_to(checkpoint.path.resolve()):
@@ -143,6 +143,8 @@ def convert(
             remedy="choose a folder outside of it",
         )
     finished = _finished(folder, plan)
+    if dry_run:
+        return plan
     if finished is not None:
         return finished
     from mlakit.conversion.run import Run

@@ -165,7 +165,7 @@ def cached_by(source: AttentionSpec) -> str:
 def _promise(plan: ConversionPlan) -> str:
     if plan.goal.equal_cache:
         return "The cache keeps its size and the model computes the same function as its source."
-    return "The cache is smaller; this costs quality, which healing wins back."
+    return "The cache is smaller; this costs quality, part of which `mlakit heal` wins back."
 
 
 def _not_healed(plan: ConversionPlan) -> str:
@@ -177,7 +177,7 @@ def _not_healed(plan: ConversionPlan) -> str:
         lost += " divergence, held-out calibration text)."
     return (
         f"{NOT_HEALED} The cache was compressed and nothing has been trained since.{lost}"
-        " `mlakit heal` wins most of it back."
+        " `mlakit heal` wins part of it back."
     )
 
 

@@ -29,7 +29,7 @@ def cautions(plan: ConversionPlan, model: ModelSpec, device: str) -> tuple[str, 
     if not plan.goal.equal_cache:
         rank, rope = target.kv_lora_rank or 0, target.qk_rope_head_dim or 0
         searched, fresh = plan.goal.max_kl is not None, source.kv_lora_rank is None
-        if rank + rope == full and fresh and not searched:
+        if rank + rope == full and fresh and not searched and plan.goal.cache_bits == 16:
             found.append(
                 "full rank saves no cache and still drops rotations; --equal-cache keeps the same"
                 " bytes and is exact"

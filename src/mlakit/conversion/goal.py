@@ -190,7 +190,8 @@ class Goal:
         """Refuses what needs the downstream metric where it is left out."""
         if self.ranks not in ("auto", "even", "measured"):
             raise UsageError(
-                f"There is no way {self.ranks!r} to divide ranks", remedy="use even or measured"
+                f"There is no way {self.ranks!r} to divide ranks",
+                remedy="use auto, even or measured",
             )
         if self.max_kl is not None and self.max_kl <= 0:
             raise UsageError(

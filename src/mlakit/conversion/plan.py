@@ -116,6 +116,13 @@ class ConversionPlan:
         return undecided and "held_out_kl" not in self.measured
 
     @property
+    def most_cached(self) -> int:
+        """Bytes per token that the result caches at most."""
+        if self.open and self.goal.cache_ratio is not None:
+            return math.floor(self.goal.cache_ratio * self.source_cache_bytes)
+        return self.cache_bytes
+
+    @property
     def cache_ratio(self) -> float:
         """Share of the source's own cache bytes that is kept."""
         return self.cache_bytes / self.source_cache_bytes
@@ -192,9 +199,11 @@ def make_plan(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"There is no dtype {dtype!r}", remedy=f"use {', '.join(DTYPES)}")
-    if goal.equal_cache and (calibration is not None or check):
+    reads = calibration is not None or check or calibration_window is not None
+    if goal.equal_cache and (reads or calibration_tokens != CALIBRATION_TOKENS):
         raise UsageError(
-            "--equal-cache is exact: it needs no text", remedy="leave out --calib and --check"
+            "--equal-cache is exact: it needs no text",
+            remedy="leave out --calib, --calib-tokens, --calib-window and --check",
         )
     model = convertible(checkpoint.config, checkpoint.shapes)
     if goal.form == "article" and not FAMILIES[model.family].article:

@@ -16,7 +16,7 @@ from torch import nn
 from mlakit.checkpoint import Checkpoint
 from mlakit.checkpoint.writing import atomic_file
 from mlakit.conversion.cost.machine import cpu_multiplies_bfloat16
-from mlakit.errors import UnsupportedModelError
+from mlakit.errors import MlakitError, UnsupportedModelError
 from mlakit.families import FAMILIES, Family
 from mlakit.spec import ModelSpec
 
@@ -111,6 +111,10 @@ class Stream:
         return Activations(self.folder / f"{self.name}-{index:05d}.f32", shape)
 
 
+LOOKED_THROUGH = 2**22
+"""Numbers of a tensor that are checked at a time, so that the check needs no memory to speak of."""
+
+
 class LayerReader:
     """Builds the family's own model around any one decoder layer of a checkpoint.
 
@@ -129,6 +133,7 @@ class LayerReader:
         self.spec = model
         self.family = FAMILIES[model.family]
         self.device = device
+        self._finite: set[str] = set()
         with _config_errors(checkpoint.source):
             self._config = AutoConfig.from_pretrained(checkpoint.path)
 
@@ -145,16 +150,29 @@ class LayerReader:
         """All tensors of a layer, without its prefix, in their stored dtypes."""
         prefix = self.family.layer(index)
         return {
-            name.removeprefix(prefix): self.checkpoint.read(name)
+            name.removeprefix(prefix): self._read(name)
             for name in self.checkpoint.names
             if name.startswith(prefix) and "rotary_emb" not in name
         }
+
+    def _read(self, name: str) -> torch.Tensor:
+        """A tensor of the source, looked through for what is no number the first time."""
+        tensor = self.checkpoint.read(name)
+        if name not in self._finite:
+            pieces = tensor.flatten().split(LOOKED_THROUGH)
+            if not all(bool(piece.isfinite().all()) for piece in pieces):
+                raise MlakitError(
+                    f"{name} of {self.checkpoint.source} holds numbers that are not finite",
+                    remedy="the weights are damaged: download or save the checkpoint again",
+                )
+            self._finite.add(name)
+        return tensor
 
     def attention(self, index: int) -> dict[str, torch.Tensor]:
         """The attention tensors of the standard layer (``families.layouts``), on the device."""
         prefix = self.family.attention_prefix(index)
         tensors = {
-            name.removeprefix(prefix): self.checkpoint.read(name).to(self.device)
+            name.removeprefix(prefix): self._read(name).to(self.device)
             for name in self.checkpoint.names
             if name.startswith(prefix) and "rotary_emb" not in name
         }

@@ -93,6 +93,7 @@ def _own_card(checkpoint: Checkpoint) -> str:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     facts = checkpoint.config.get("mlakit") or {}
+    trained = facts.get("healed", {}).get("steps")
     compressed = checkpoint.config.get("mla_form") == "compress"
     label = [f"{NOT_HEALED} The cache was compressed and nothing has been trained since.", ""]
     return "\n".join(
@@ -101,7 +102,7 @@ def _own_card(checkpoint: Checkpoint) -> str:
             "",
             f"# {facts.get('source', checkpoint.path.name)} with multi-head latent attention",
             "",
-            *(label if compressed and "healed" not in facts else []),
+            *(label if compressed and not trained else []),
         ]
     )
 

@@ -214,7 +214,9 @@ def require_finite(subject: Subject, logits: torch.Tensor) -> None:
     if not torch.isfinite(logits).all():
         raise MlakitError(
             f"{subject.name} computes NaN or infinite logits in {subject.dtype}",
-            remedy="try --dtype float32; if that fails too, the weights are damaged",
+            remedy="the weights are damaged"
+            if subject.model.dtype in (torch.float32, torch.float64)
+            else "try --dtype float32; if that fails too, the weights are damaged",
         )
 
 

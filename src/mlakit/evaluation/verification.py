@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,11 @@ Conversions that are exact in real numbers measured 1e-6 in float32, 3e-3 in flo
 bfloat16 on five layers (10, 3 and 3 units in the last place); the rest is room for depth. In
 float64 the weights are still those of a checkpoint, float32 at best.
 """
+
+FLIPS = 0.5
+"""Of what a quantised cache's rounding does to the logits, the share that two ways of computing may
+differ by: where they differ in the last place, a cached number may go to the next step up or down.
+Measured: 0.00001 to 0.16 in float32, int8 and int4; a wrong row is as large as all rounding."""
 
 PROMISES = {
     "own_cache": "through its cache the result computes what it computes in one pass",
@@ -96,10 +101,9 @@ def check(
     kl = torch.cat([window.kl for window in compared])
     length = whole_pages(cut.ids.shape[1] - 1)
     tolerance = max(ROUNDING[s.dtype] for s in (ours, theirs))
-    judged = list(PROMISES) if _promises_equality(theirs) else ["own_cache"]
-    promises, failures = _judge(
-        {name: found[name] for name in judged}, tolerance, float(kl.mean()), max_kl
-    )
+    limits = dict.fromkeys(PROMISES if _promises_equality(theirs) else ("own_cache",), tolerance)
+    limits["own_cache"] = max(tolerance, FLIPS * max(window.rounding for window in compared))
+    promises, failures = _judge(found, limits, float(kl.mean()), max_kl)
     return Verification(
         source=ours.name,
         result=theirs.name,
@@ -132,12 +136,13 @@ def _by_domain(names: tuple[str, ...], found: list[_Compared]) -> dict[str, tupl
 
 
 class _Compared(NamedTuple):
-    """One window: differences by the names of `PROMISES`; the others are [S] each.
+    """One window: differences by the names of `PROMISES`, and what a quantised cache changes.
 
-    KL, equal top tokens, and the source's loss.
+    Then [S] each: KL, equal top tokens, and the source's loss.
     """
 
     differences: dict[str, Difference]
+    rounding: float
     kl: torch.Tensor
     same_top1: torch.Tensor
     loss: torch.Tensor
@@ -146,25 +151,45 @@ class _Compared(NamedTuple):
 @torch.inference_mode()
 def _compare(source: Subject, result: Subject, ids: torch.Tensor, prefix_length: int) -> _Compared:
     ids, targets = ids[:-1], ids[prefix_length + 1 :]
-    one_pass, cached = [], []
-    for model in (source.model, result.model):
-        # A quantised cache rounds what a prompt is read through: the pass has to go through one.
-        rounds = getattr(model.config, "cache_format", None) is not None
-        output = model(
-            input_ids=ids[None].to(model.device),
-            past_key_values=new_cache(model, 1, len(ids)) if rounds else None,
-            use_cache=rounds,
-            logits_to_keep=len(ids) - prefix_length,
-        )
-        one_pass.append(output.logits[0].double().cpu())
-        cached.append(continuation_logits(model, ids, prefix_length).double().cpu())
+    kept = len(ids) - prefix_length
+    one_pass = [_one_pass(subject.model, ids, kept) for subject in (source, result)]
+    cached = [
+        continuation_logits(subject.model, ids, prefix_length).double().cpu()
+        for subject in (source, result)
+    ]
+    rounding = 0.0
+    if _rounds(result.model):
+        plain = _one_pass(result.model, ids, kept, through_cache=False)
+        rounding = _difference(plain, one_pass[1]).rms
     differences = {
         "own_cache": _difference(one_pass[1], cached[1]),
         "one_pass": _difference(*one_pass),
         "through_cache": _difference(*cached),
     }
     same_top1 = cached[0].argmax(-1) == cached[1].argmax(-1)
-    return _Compared(differences, kl_divergence(*cached), same_top1, token_nll(cached[0], targets))
+    kl, loss = kl_divergence(*cached), token_nll(cached[0], targets)
+    return _Compared(differences, rounding, kl, same_top1, loss)
+
+
+def _rounds(model: Any) -> bool:
+    return getattr(model.config, "cache_format", None) is not None
+
+
+def _one_pass(
+    model: Any, ids: torch.Tensor, kept: int, *, through_cache: bool | None = None
+) -> torch.Tensor:
+    """The last ``kept`` logits of a window read in one call, float64.
+
+    Through a cache where that is quantised: it rounds what a prompt is read through.
+    """
+    rounds = _rounds(model) if through_cache is None else through_cache
+    output = model(
+        input_ids=ids[None].to(model.device),
+        past_key_values=new_cache(model, 1, len(ids)) if rounds else None,
+        use_cache=rounds,
+        logits_to_keep=kept,
+    )
+    return output.logits[0].double().cpu()
 
 
 def _difference(reference: torch.Tensor, other: torch.Tensor) -> Difference:
@@ -184,17 +209,17 @@ def _worst(differences: list[Difference]) -> Difference:
 
 
 def _judge(
-    found: dict[str, Difference], tolerance: float, mean_kl: float, max_kl: float | None
+    found: dict[str, Difference], limits: dict[str, float], mean_kl: float, max_kl: float | None
 ) -> tuple[list[str], list[str]]:
     """What was promised, and each promise that was not kept with its number.
 
     Compared as ``not x <= limit``, so that a NaN keeps no promise.
     """
     promises, failures = [], []
-    for name, difference in found.items():
-        promises.append(f"{PROMISES[name]} to rounding (rms {tolerance:g})")
-        if not difference.rms <= tolerance:
-            failures.append(f"{promises[-1]}: it is {difference.rms:.2g}")
+    for name, limit in limits.items():
+        promises.append(f"{PROMISES[name]} to rounding (rms at most {limit:.2g})")
+        if not found[name].rms <= limit:
+            failures.append(f"{promises[-1]}: it is {found[name].rms:.2g}")
     if max_kl is not None:
         promises.append(f"mean KL at most {max_kl:g} nats per token")
         if not mean_kl <= max_kl:

@@ -217,7 +217,7 @@ def beyond_last_layer(spec: ModelSpec, name: str) -> bool:
 
 
 def _refusal(key: str, reason: str, remedy: str = "") -> UnsupportedModelError:
-    remedy = remedy or "mlakit inspect works on it; conversion is not offered yet"
+    remedy = remedy or "mlakit inspect and eval work on it as it is"
     return UnsupportedModelError(f"Cannot convert: {key}: {reason}", remedy=remedy)
 
 

@@ -124,11 +124,16 @@ def _raised_exponent(student: Checkpoint, new: Mapping[str, Tensor]) -> int | No
     return needed if 4.0**needed > float(student.config["latent_norm_eps"]) else None
 
 
-def write_card(student: Checkpoint, folder: Path, lines: list[str]) -> None:
-    """The student's model card with a section about healing, in place of an older one."""
+def write_card(student: Checkpoint, folder: Path, lines: list[str], *, healed: bool) -> None:
+    """The student's model card with a section about healing, in place of an older one.
+
+    The label of a model that was not healed goes where ``healed``.
+    """
     path = student.path / "README.md"
     card = path.read_text(encoding="utf-8") if path.exists() else f"# {student.path.name}\n"
     card = card.partition("\n## Healed\n")[0].rstrip()
-    card = "".join(f"{x}\n" for x in card.split("\n") if not x.startswith(NOT_HEALED)).rstrip()
+    if healed:
+        kept = (line for line in card.split("\n") if not line.startswith(NOT_HEALED))
+        card = "\n".join(kept).rstrip()
     section = "\n".join(["", "", "## Healed", "", f"By mlakit {__version__}.", "", *lines])
     write_text_atomic(folder / "README.md", f"{card}{section}\n")

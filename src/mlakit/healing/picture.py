@@ -41,7 +41,9 @@ def draw_healing(report: HealReport) -> Figure:
     loss.set_title("training loss")
     perplexity.set_title("held-out perplexity, cached prefix")
     kl.set_title("held-out KL(original || model), nats")
-    kl.set_ylim(bottom=0)
+    for axes in (perplexity, kl):
+        axes.margins(y=0.1)  # room for the ring
+    kl.set_ylim(0, kl.get_ylim()[1])
     for axes in (loss, perplexity, kl):
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1M

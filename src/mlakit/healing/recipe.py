@@ -172,6 +172,10 @@ def choose_recipe(recipe: str | Recipe, given: Mapping[str, Any]) -> Recipe:
             value = changed[name]
             alone = isinstance(value, str | Path | int | float)
             changed[name] = tuple(map(kind, (value,) if alone else value))
+    if "lora_rank" in changed and changed.get("train", recipe.train) != "lora":
+        raise UsageError(
+            "--lora-rank is for --train lora", remedy="add --train lora, or leave the rank out"
+        )
     if "data" in changed and "weights" not in changed:
         changed["weights"] = None
     return replace(recipe, **changed)

@@ -13,6 +13,9 @@ from mlakit.healing.journal import Journal, Row
 from mlakit.reporting.style import percent
 
 REPORT_NAME = "heal.json"
+NOTHING_GAINED = (
+    "Nothing was gained: no check was better than the start, so the weights are as they were"
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ class HealReport:
         """Of the teacher, on the held-out windows."""
         return math.exp(float(self.after["original_nll"]))
 
+    @property
+    def nothing_gained(self) -> bool:
+        """Whether no check was better than the start, so that the student was written as it was."""
+        return not self.healed.best["step"]
+
     def rows(self) -> list[tuple[str, float, float, int]]:
         """Name, perplexity, KL from the original and trained tokens of every model."""
         found = [
@@ -115,7 +123,8 @@ class HealReport:
     def card_lines(self) -> list[str]:
         """The section of the model card."""
         texts = ", ".join(text["place"] for text in self.texts)
-        lines = [
+        lines = [f"{NOTHING_GAINED}.", ""] if self.nothing_gained else []
+        lines += [
             f"Trained: {self.healed.trained:,} of {self.healed.parameters:,} parameters"
             f" (`--train {self.recipe['train']}`), {self.healed.best['tokens']:,} tokens of"
             f" {texts}, learning rate {rates_in_words(self.healed.rates)};"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mlakit import __version__
-from mlakit.account import cache_bytes_per_token
+from mlakit.account import ITEMSIZE, cache_bytes_per_token
 from mlakit.checkpoint import (
     Checkpoint,
     ShardWriter,
@@ -258,7 +258,8 @@ class _Run:
         after = measure(original, written, inputs.material.held_out)
         report = self._report(reports, asdict(after), raised)
         report.write(self.folder)
-        write_card(inputs.student, self.folder, report.card_lines())
+        gained = not report.nothing_gained
+        write_card(inputs.student, self.folder, report.card_lines(), healed=gained)
         write_picture(report, self.folder)
         return report
 
@@ -298,9 +299,11 @@ class _Run:
 
 
 def cache_share(student: Checkpoint, teacher: Checkpoint) -> float:
-    """Cached bytes per token over the original's, by their shapes, in one dtype."""
-    ours, theirs = (read_model(found.config).layers for found in (student, teacher))
-    return cache_bytes_per_token(ours, 2) / cache_bytes_per_token(theirs, 2)
+    """Cached bytes per token over the original's, by their shapes, in the student's dtype."""
+    ours, theirs = (read_model(found.config) for found in (student, teacher))
+    itemsize = ITEMSIZE[ours.dtype]
+    own = cache_bytes_per_token(theirs.layers, itemsize)
+    return cache_bytes_per_token(ours.layers, itemsize) / own
 
 
 def _arm_report(journal: Journal, arm: Arm) -> ArmReport:

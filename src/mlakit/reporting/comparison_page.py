@@ -35,7 +35,7 @@ def render_comparison(found: Comparison, figure: Figure | None = None) -> str:
     best = next(p for p in found.points if p.key == found.answers[0].best)
     return environment.get_template("comparison.html.j2").render(
         found=found,
-        headline=f"{found.title(best)}, {percent(best.percent_of_own)}",
+        headline=f"{found.method(best).title}, {percent(best.percent_of_own)}",
         picture=Markup(as_svg(figure or pareto(found))),
         text_columns=TEXT_COLUMNS,
         lines=table(found),

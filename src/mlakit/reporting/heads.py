@@ -13,8 +13,8 @@ from mlakit.nn.journey import LayerJourney
 from mlakit.reporting.style import GRID, INK, QUIET, RESULT, SOURCE, STYLE
 
 HEAT = matplotlib.colormaps["Blues"]
-TEAMS = (SOURCE, RESULT)
-"""Frames of heads that share a key, in turns."""
+TEAMS = (SOURCE, RESULT, "#228833", "#aa3377", "#ccbb44", "#66ccee", "#ee6677", "#44bb99")
+"""Frames of heads that share a key: a colour per group, in turns."""
 
 ACROSS = 4
 """Maps side by side of a single layer, large enough for the tokens' names."""
@@ -40,7 +40,10 @@ def draw_heads(journeys: Sequence[LayerJourney], tokens: Sequence[str], row: int
     size = 2.35 if alone else 1.12
     with matplotlib.rc_context(STYLE):
         figure = Figure(
-            figsize=(size * across + 0.9, (size + (0.3 if alone else 0.22)) * down + 0.5),
+            figsize=(
+                size * across + 0.9,
+                (size + (0.3 if alone else 0.22)) * down + (1.1 if alone else 0.7),
+            ),
             layout="constrained",
         )
         grid = figure.subplots(down, across, squeeze=False)
@@ -56,6 +59,13 @@ def draw_heads(journeys: Sequence[LayerJourney], tokens: Sequence[str], row: int
                 _name(first, tokens, "y")
             else:
                 first.set_ylabel(f"layer {line}", fontsize=8)
+        shared = any(1 < journey.sizes.get("G", 1) < journey.sizes["H"] for journey in journeys)
+        legend = "above a map: where most of the head's attention goes, in the mean over tokens"
+        if shared and journeys[0].kind != "mla":
+            legend += (
+                "\n" if across < 6 else "; "
+            ) + "frames of one colour: heads that share a key"
+        figure.supxlabel(legend, fontsize=8, color=QUIET)
         if alone:
             for column in range(across):
                 shown = (heads - 1 - column) // across
@@ -69,7 +79,7 @@ def _map(axes: Axes, journey: LayerJourney, weights: Tensor, head: int, size: fl
     axes.grid(False)
     groups = journey.sizes.get("G", 1) if journey.kind != "mla" else 1
     team = head * groups // journey.sizes["H"]
-    colour = TEAMS[team % 2] if 1 < groups < journey.sizes["H"] else GRID
+    colour = TEAMS[team % len(TEAMS)] if 1 < groups < journey.sizes["H"] else GRID
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=1.4)
     liked = favourite(weights)

@@ -66,9 +66,17 @@ class Verification(Record):
 
     def require(self) -> None:
         """Raises VerificationError when anything promised was not kept."""
-        if self.failures:
-            raise VerificationError(
-                f"{self.result} does not match {self.source}: " + "; ".join(self.failures),
-                remedy="compare in float32 to rule out rounding; if it fails there too, convert "
-                "again with more cache, or allow a larger KL",
+        if not self.failures:
+            return
+        remedies = []
+        if any("rounding" in failure for failure in self.failures):
+            remedies.append(
+                "compare with --dtype float32 to rule out rounding; if it fails there too, the"
+                " folder is damaged or the conversion is wrong: please report it"
             )
+        if any("KL" in failure for failure in self.failures):
+            remedies.append("convert again with more cache or --refine-steps, or allow a larger KL")
+        raise VerificationError(
+            f"{self.result} does not match {self.source}: " + "; ".join(self.failures),
+            remedy="; ".join(remedies),
+        )
