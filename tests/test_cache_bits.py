@@ -21,6 +21,7 @@ from mlakit.conversion.budget import target_layer
 from mlakit.conversion.goal import CACHE_BITS, Goal
 from mlakit.errors import UsageError
 from mlakit.evaluation import evaluate, verify
+from mlakit.evaluation.verification import ROUNDING
 from mlakit.families import read_model
 from mlakit.nn.hf import load, new_cache
 from mlakit.spec import AttentionSpec, RopeSpec
@@ -130,6 +131,17 @@ def test_a_result_is_cached_in_its_bits_wherever_it_is_loaded(made: Path, bits: 
     name = "model.layers.0.self_attn.kv_b_proj.weight"
     assert plain.state_dict()[name].equal(model.state_dict()[name])
     verify(made / "source", folder, text=str(made / "text.txt"))
+
+
+def test_a_step_more_or_less_of_a_quantised_cache_breaks_no_promise(
+    made: Path, tmp_path: Path
+) -> None:
+    """In float32, whose own rounding is far smaller than a step of int8."""
+    source, options = save_tiny(tmp_path / "source"), {"text": str(made / "text.txt")}
+    size = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "cache_bits": 8}
+    convert(source, tmp_path / "out", calibration=made / "text.txt", **size, **FAST)
+    (promise,) = verify(source, tmp_path / "out", **options).promises  # type: ignore[arg-type]
+    assert ROUNDING["float32"] < float(promise.rpartition("at most ")[2].rstrip(")")) < 0.1
 
 
 def test_what_is_measured_is_what_the_cache_gives_back(made: Path, tmp_path: Path) -> None:

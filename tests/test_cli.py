@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import mlakit
 from mlakit.cli import app, main
+from mlakit.errors import UsageError
 
 COMMAND = [sys.executable, "-m", "mlakit"]
 
@@ -65,6 +67,18 @@ def test_an_unexpected_failure_is_one_line(monkeypatch: pytest.MonkeyPatch, caps
 def test_wrong_usage_is_exit_2(tmp_path: Path) -> None:
     assert run("convert", tmp_path, "--no-such-option").returncode == 2
     assert run("generate", tmp_path).returncode == 2  # no prompt
+
+
+@pytest.mark.parametrize("verb", ["inspect", "trace", "prove"])
+def test_a_picture_is_a_png(verb: str, tmp_path: Path) -> None:
+    words = [verb, str(tmp_path), "--picture", str(tmp_path / "x.jpg")]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, UsageError) and "PNG" in str(result.exception)
+
+
+def test_the_package_names_its_verbs() -> None:
+    assert {"convert", "evaluate", "heal", "serve"} <= set(dir(mlakit))
+    assert all(callable(getattr(mlakit, name)) for name in dir(mlakit) if name != "__version__")
 
 
 def test_unknown_family_is_exit_3(tmp_path: Path) -> None:

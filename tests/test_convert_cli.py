@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -30,6 +31,37 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "100.0% of its own, 50.0% of MHA" in result.output
     assert [path.name for path in tiny.parent.iterdir() if path.is_dir()] == ["tiny"]
+
+
+def test_a_dry_run_looks_at_the_output_folder_too(tiny: Path) -> None:
+    out = tiny.parent / "out"
+    convert(tiny, out, equal_cache=True)
+    for folder, word in ((out, "another plan"), (tiny, "lies in the source")):
+        with pytest.raises(UsageError, match=word):
+            convert(tiny, folder, equal_cache=True, form="article", dry_run=True)
+    assert convert(tiny, out, equal_cache=True, dry_run=True).goal.equal_cache
+    words = ["convert", str(tiny), "-o", str(out), "--equal-cache"]
+    assert "out was complete already. Next:" in CliRunner().invoke(app, words).output
+
+
+def test_what_calibration_decides_is_said_with_its_bound(tiny: Path) -> None:
+    words = ["convert", str(tiny), "--cache-ratio", "0.5", "--cache-bits", "auto", "--dry-run"]
+    output = CliRunner().invoke(app, [*words, "--calib", str(tiny.parent / "text.txt")]).output
+    assert "256 -> at most 128 bytes: 50.0% of its own, 25.0% of MHA" in output
+    assert "full rank saves no cache" not in output
+
+
+@pytest.mark.parametrize(
+    "goal", [{"equal_cache": True}, {"cache_ratio": 0.5}], ids=["exact", "half"]
+)
+def test_weights_that_are_no_numbers_are_named(tiny: Path, goal: dict[str, Any]) -> None:
+    path, name = tiny / "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
+    tensors = load_file(path)
+    tensors[name][3, 4] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    texts = {} if "equal_cache" in goal else {"calibration": tiny.parent / "text.txt"}
+    with pytest.raises(MlakitError, match=f"{name} of .* not finite"):
+        convert(tiny, tiny.parent / "out", **goal, **texts)
 
 
 def test_convert_prints_what_was_measured_and_what_comes_next(tiny: Path) -> None:

@@ -23,7 +23,8 @@ from tiny_models import save_tiny
 
 def planned(folder: Path, tokens: int = 4096, **goal: Any) -> ConversionPlan:
     goal.setdefault("cache_ratio", 0.5)
-    return make_plan(open_checkpoint(folder), Goal(**goal), calibration_tokens=tokens)
+    texts = {} if goal.get("equal_cache") else {"calibration_tokens": tokens}
+    return make_plan(open_checkpoint(folder), Goal(**goal), **texts)
 
 
 def sizes(folder: Path, **goal: Any) -> Dimensions:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import mlakit
 from healing_cases import QUICK, changed, log, make_pair, quick_heal, stored
 from mlakit import heal
+from mlakit.cli.heal import print_report
 from mlakit.healing.report import HealReport
 
 Pair = tuple[Path, Path, Path]
@@ -200,3 +203,14 @@ def test_a_finished_run_is_not_done_again(pair: Pair, tmp_path: Path) -> None:
     assert isinstance(again, HealReport) and not told
     assert again.after == first.after and log(tmp_path / "out") == rows
     assert heal.__doc__ is not None
+
+
+def test_a_run_that_gains_nothing_says_so(pair: Pair, tmp_path: Path) -> None:
+    report = quick_heal(pair, tmp_path / "out", learning_rate=10.0, warmup=0.0)
+    assert report.nothing_gained and report.healed.best["step"] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Nothing was gained" in card and "NOT HEALED" in card
+    assert not changed(pair[1], tmp_path / "out")
+    said = io.StringIO()
+    print_report(report, Console(file=said, width=200))
+    assert "Nothing was gained" in said.getvalue()

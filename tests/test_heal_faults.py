@@ -176,6 +176,7 @@ def refusals(pair: Pair, tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]
         "unknown part": ({"train": "mlp"}, "none of kv, attention, all, lora"),
         "unknown setting": ({"momentum": 0.9}, "no setting 'momentum'"),
         "nothing to learn": ({"kl_weight": 0}, "nothing to learn"),
+        "a rank without lora": ({"lora_rank": 4}, "for --train lora"),
         "odd micro batch": ({"micro_batch": 3}, "does not divide"),
         "unknown recipe": ({"recipe": "quick"}, "no recipe 'quick'"),
         "weights": ({"weights": [1, 2]}, "2 weights were given for 1 texts"),

@@ -212,6 +212,11 @@ def test_what_cannot_be_served_is_refused(folder: Path, tmp_path: Path) -> None:
             serve(model, device="cpu", **options)
 
 
+def test_json_is_for_a_dry_run() -> None:
+    done = CliRunner().invoke(app, ["serve", "a/model", "--json"])
+    assert isinstance(done.exception, UsageError) and "--dry-run" in str(done.exception)
+
+
 VLLM = ("a/model", "--engine", "vllm")
 
 
