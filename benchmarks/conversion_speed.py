@@ -186,6 +186,7 @@ def compare(methods: dict[str, Any]) -> None:
         own = found["per_layer"]
         whole = [part["cpu_seconds"] + part["cpu_seconds_scoring"] for part in (base_layer, own)]
         own["times_faster"] = base_layer["cpu_seconds"] / own["cpu_seconds"]
+        own["times_slower"] = 1 / own["times_faster"]
         own["times_faster_with_scoring"] = whole[0] / whole[1]
         own["times_smaller_peak"] = base_layer["peak_bytes"] / own["peak_bytes"]
 
