@@ -149,5 +149,7 @@ def test_work_that_was_left_behind_is_removed(tmp_path: Path) -> None:
     whole = digests(out)
     (out / WORK_NAME).mkdir()
     (out / WORK_NAME / "inputs.f32").write_bytes(b"many")
+    convert(source, out, equal_cache=True, dry_run=True)
+    assert (out / WORK_NAME).is_dir()  # a dry run changes nothing
     convert(source, out, equal_cache=True)
     assert digests(out) == whole

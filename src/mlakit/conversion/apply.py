@@ -146,6 +146,7 @@ def convert(
     if dry_run:
         return plan
     if finished is not None:
+        shutil.rmtree(folder / WORK_NAME, ignore_errors=True)  # of a run cut off at its very end
         return finished
     from mlakit.conversion.run import Run
 
@@ -193,7 +194,6 @@ def _finished(folder: Path, plan: ConversionPlan) -> ConversionPlan | None:
         )
     if status != "complete" or not _whole(folder):
         return None
-    shutil.rmtree(folder / WORK_NAME, ignore_errors=True)  # left by a run that ended at the end
     ranks = [layer["kv_lora_rank"] for layer in written["layers"]]
     first = written["layers"][0]
     sized = resized(plan, ranks, first["qk_rope_head_dim"], first["cache_format"])
