@@ -157,12 +157,12 @@ def value_metric(
     """
     shape = (spec.num_key_value_heads, len(weights.q) // spec.num_key_value_heads, -1)
     output = weights.o[:, :-1].unflatten(1, shape)  # [D, G, H/G, V]
-    felt = felt.to(output).unflatten(1, shape).permute(1, 2, 0, 3).contiguous()  # [G, H/G, D, V]
-    overlap = statistics.overlap.view(*felt.shape[:2], *felt.shape[:2])
+    overlap = statistics.overlap.view(*shape[:2], *shape[:2])
     blocks = []
     for group, shared in enumerate(overlap):
-        others = torch.einsum("ngm,gmxv->nxgv", shared, felt)
-        blocks.append(torch.einsum("xnu,nxgv->ugv", output[:, group], others).flatten(1))
+        gram = output[:, group].flatten(1).to(felt).mT @ felt  # [H/G V, H V], as exact as felt is
+        pairs = gram.unflatten(1, shape).unflatten(0, (shape[1], -1))
+        blocks.append(torch.einsum("nugmv,ngm->ugv", pairs.to(shared), shared).flatten(1))
     return torch.cat(blocks)
 
 
@@ -194,19 +194,19 @@ class Axes:
             rank: C.
             bias: the latent may have a bias, and is then centred itself.
         """
-        joint, basis = torch.cat([keys, values]), self.rows.mT
+        joint, axes = torch.cat([keys, values]), self.rows[:rank]
         roots, inverses = _roots(*self.metric)
-        down, up, offset = basis.mT @ roots @ joint, inverses @ basis, None
+        read, offset = axes @ roots, None
+        down, up = read @ joint, inverses @ axes.mT
+        key_up, value_up = up.split([len(keys), len(values)])
         if self.centre is not None:
             mean = joint @ self.centre
             if bias:
-                down[:, -1] -= basis.mT @ roots @ mean
-            latent = down @ self.centre
-            offset = mean[len(keys) :] - up[len(keys) :, :rank] @ latent[:rank]
-        key_up, value_up = up[: len(keys), :rank], up[len(keys) :, :rank]
+                down[:, -1] -= read @ mean
+            offset = mean[len(keys) :] - value_up @ (down @ self.centre)
         kept = float(self.energy[:rank].sum() / self.energy.sum().clamp_min(1e-300))
         lost = float(self.energy[rank:].sum())
-        return LowRank(down[:rank], key_up, value_up, kept, offset, lost)
+        return LowRank(down, key_up, value_up, kept, offset, lost)
 
 
 def output_axes(
@@ -229,9 +229,9 @@ def output_axes(
     joint = torch.cat([keys, values])
     mean = joint @ moment[:, -1] if centred else joint.new_zeros(len(joint))
     roots = _roots(*metric)[0]
-    covariance = joint @ moment @ joint.mT - torch.outer(mean, mean)
-    unseen = UNSEEN * float(moment.diagonal()[:-1].mean()) * joint[:, :-1]
-    covariance += unseen @ joint[:, :-1].mT
+    seen = joint @ moment
+    seen[:, :-1] += UNSEEN * float(moment.diagonal()[:-1].mean()) * joint[:, :-1]
+    covariance = seen @ joint.mT - torch.outer(mean, mean)
     energy, basis = torch.linalg.eigh(roots @ covariance @ roots)
     energy, basis = energy.flip(0).clamp_min(0), basis.flip(1)
     return Axes(energy, basis.mT, metric, moment[:, -1] if centred else None)

@@ -306,6 +306,13 @@ def identity_norm_exponent(mean_square: float) -> int:
     return max(0, math.ceil(math.log(max(mean_square, 1e-30) * 2.0**24, 4)))
 
 
+def all_finite(*tensors: torch.Tensor) -> bool:
+    """Whether all numbers are finite; needs no memory, and of half precision no wide copy."""
+    return all(
+        math.isfinite(float(limit)) for each in tensors if each.numel() for limit in each.aminmax()
+    )
+
+
 def _left_singular_vectors(matrix: torch.Tensor) -> torch.Tensor:
     """Left singular vectors ``[..., n, n]``, largest first; unitary whatever the rank."""
     return torch.linalg.eigh(matrix @ matrix.mH).eigenvectors.flip(-1)

@@ -7,7 +7,7 @@ and how strongly the output answers to a change of a score.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mlakit.conversion.amounts import SCORES
-from mlakit.conversion.factor import AttentionWeights
+from mlakit.conversion.factor import AttentionWeights, all_finite
 from mlakit.errors import MlakitError
 from mlakit.spec import AttentionSpec
 
@@ -126,7 +126,7 @@ class Observer:
         """
         sums, tokens = self._sums, self._tokens
         self._sums = {}
-        if not all(bool(value.isfinite().all()) for value in sums.values()):
+        if not all_finite(*sums.values()):
             raise MlakitError(
                 "The activations are not finite numbers",
                 remedy="check that the source itself works: mlakit generate",
@@ -145,24 +145,30 @@ class Observer:
     def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         mask = kwargs.get("attention_mask")
-        for row, (x, y) in enumerate(zip(hidden, output[0], strict=True)):
-            own = None if mask is None else mask[row if len(mask) > 1 else 0, 0]
-            if self.windows > 0:
-                self.windows -= 1
-                self._add(x, y, own)
-            else:
-                self.held_out.append(HeldOut(x.clone(), y.clone(), own))
+        masks = [
+            None if mask is None else mask[row if len(mask) > 1 else 0, 0]
+            for row in range(len(hidden))
+        ]
+        counted = min(self.windows, len(hidden))
+        self.windows -= counted
+        if counted:
+            self._add(hidden[:counted], output[0][:counted], masks)
+        for x, y, own in list(zip(hidden, output[0], masks, strict=True))[counted:]:
+            self.held_out.append(HeldOut(x.clone(), y.clone(), own))
 
-    def _add(self, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """One window: inputs ``[T, D]``, outputs ``[T, D]``, mask ``[T, T]``.
+    def _add(
+        self, x: torch.Tensor, y: torch.Tensor, masks: Sequence[torch.Tensor | None]
+    ) -> None:
+        """Some windows: inputs ``[b, T, D]``, outputs ``[b, T, D]``, masks ``[T, T]``.
 
-        Products of one window are float32, as their factors are; their sums are float64.
+        Products of one batch are float32, as their factors are; their sums are float64.
         """
-        ones = x.new_ones(len(x), 1)
+        length, x, y = x.shape[1], x.flatten(0, 1), y.flatten(0, 1)
         query = self.weights.queries(x, self.projections[0])
-        x = torch.cat([self.weights.inputs(x), ones], 1)
+        x = torch.cat([self.weights.inputs(x), x.new_ones(len(x), 1)], 1)
         key, value = (torch.einsum("tx,hdx->htd", x, part) for part in self.projections[1:])
-        seen = self._attention(query, key, value, mask)
+        parts = zip(*(part.split(length, 1) for part in (query, key, value)), masks)
+        seen = Attended.together([self._attention(*part) for part in parts])
         self._tokens += len(x)
         self._weight += float(seen.tokens.double().sum())
         for name, term in {
@@ -257,6 +263,12 @@ class Attended:
     tokens: torch.Tensor
     overlap: torch.Tensor
     distances: torch.Tensor
+
+    @classmethod
+    def together(cls, windows: Sequence[Attended]) -> Attended:
+        """Those of some windows of one length, one after the other."""
+        weight, tokens, overlap, distances = zip(*(vars(each).values() for each in windows))
+        return cls(torch.cat(weight, 1), torch.cat(tokens), sum(overlap), sum(distances))
 
 
 def query_blocks(heads: int, keys: int, queries: int) -> Iterator[tuple[int, int]]:

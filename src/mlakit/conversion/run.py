@@ -37,6 +37,7 @@ from mlakit.conversion.calibrate import layer_weights
 from mlakit.conversion.card import converted_config, model_card
 from mlakit.conversion.factor import (
     Tensors,
+    all_finite,
     article,
     equal_cache,
     identity_norm_exponent,
@@ -351,7 +352,7 @@ class Run:
                 value = self.checkpoint.read(tensor.name)
             if not tensor.copied:
                 value = value.to(TORCH_DTYPES[tensor.dtype]).contiguous()
-                if not bool(value.isfinite().all()):
+                if not all_finite(value):
                     raise MlakitError(
                         f"{tensor.name} has numbers that {tensor.dtype} cannot hold",
                         remedy="use --dtype bfloat16 or float32",

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 
 from mlakit.checkpoint.writing import atomic_file
 from mlakit.conversion.amounts import SENSITIVITY_BATCH, SENSITIVITY_TOKENS
+from mlakit.conversion.factor import all_finite
 from mlakit.conversion.head import Head
 from mlakit.conversion.plan import Progress
 from mlakit.conversion.stream import Activations, LayerReader, Stream
@@ -113,15 +114,15 @@ class Sensitivity:
                 write(below)
                 flat = own.flatten(0, 1)
                 total += flat.mT @ flat
-        if not bool(total.isfinite().all()):
+        if not all_finite(total):
             raise MlakitError(
                 f"The gradients of layer {index} are not finite numbers",
                 remedy="check that the source itself works: mlakit generate",
             )
-        mean, size, tokens = total / self.windows.numel(), len(total), self.windows.numel()
-        known = tokens / (tokens + size)
-        level = torch.eye(size, dtype=mean.dtype, device=mean.device) * mean.trace() / size
-        data = save({"matrix": (known * mean + (1 - known) * level).float().cpu().contiguous()})
+        tokens, size = self.windows.numel(), len(total)
+        known, level = tokens / (tokens + size), float(total.trace()) / tokens / size
+        total.mul_(known / tokens).diagonal().add_((1 - known) * level)
+        data = save({"matrix": total.float().cpu().contiguous()})
         with atomic_file(self._file(index), len(data)) as file:
             file.write(data)
 

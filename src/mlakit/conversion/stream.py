@@ -16,6 +16,7 @@ from torch import nn
 from mlakit.checkpoint import Checkpoint
 from mlakit.checkpoint.writing import atomic_file
 from mlakit.conversion.cost.machine import cpu_multiplies_bfloat16
+from mlakit.conversion.factor import all_finite
 from mlakit.errors import MlakitError, UnsupportedModelError
 from mlakit.families import FAMILIES, Family
 from mlakit.spec import ModelSpec
@@ -54,7 +55,7 @@ class Activations:
         with atomic_file(self.path, self.nbytes) as file:
 
             def write(batch: torch.Tensor) -> None:
-                file.write(batch.float().cpu().contiguous().numpy().tobytes())
+                file.write(batch.float().cpu().contiguous().numpy().data)
 
             yield write
 
@@ -111,10 +112,6 @@ class Stream:
         return Activations(self.folder / f"{self.name}-{index:05d}.f32", shape)
 
 
-LOOKED_THROUGH = 2**22
-"""Numbers of a tensor that are checked at a time, so that the check needs no memory to speak of."""
-
-
 class LayerReader:
     """Builds the family's own model around any one decoder layer of a checkpoint.
 
@@ -159,8 +156,7 @@ class LayerReader:
         """A tensor of the source, looked through for what is no number the first time."""
         tensor = self.checkpoint.read(name)
         if name not in self._finite:
-            pieces = tensor.flatten().split(LOOKED_THROUGH)
-            if not all(bool(piece.isfinite().all()) for piece in pieces):
+            if not all_finite(tensor):
                 raise MlakitError(
                     f"{name} of {self.checkpoint.source} holds numbers that are not finite",
                     remedy="the weights are damaged: download or save the checkpoint again",

@@ -152,7 +152,7 @@ class TransMLA:
         moment = Moment(layer_weights(self.reader, index))
         moment.watch(model.layers[0].self_attn)
         stream.run(index, model)
-        if not bool(moment.value.isfinite().all()):
+        if not all_finite(moment.value):
             raise MlakitError(
                 f"The activations of layer {index} are not finite numbers",
                 remedy="check that the source itself works: mlakit generate",
