@@ -47,7 +47,6 @@ def random_weights(groups: int, seed: int = 0) -> AttentionWeights:
         k=draw(groups, DIM, HIDDEN + 1),
         v=draw(groups, DIM, HIDDEN + 1),
         o=draw(HIDDEN, HEADS * DIM + 1),
-        norm=torch.ones(HIDDEN, dtype=torch.float64),
     )
 
 
@@ -112,17 +111,15 @@ def latent_parts(
     return scores * DIM**-0.5, value
 
 
-def observed(weights: AttentionWeights, x: torch.Tensor) -> Statistics:
+def observed(weights: AttentionWeights, x: torch.Tensor, weigh: bool = True) -> Statistics:
     """The statistics of these inputs, as an Observer takes them."""
     groups = len(weights.k)
-    observer = Observer(
-        weights, spec_of(groups), FREQUENCIES, 1.0, len(x), felt_output(weights, None)
-    )
+    felt, spec = felt_output(weights, None), spec_of(groups)
+    observer = Observer(weights, spec, FREQUENCIES, 1.0, len(x), felt, weigh=weigh)
     observer.projections = [weights.q, weights.k, weights.v]  # no rounding to float32
     output = weights.o[:, :-1].unflatten(1, (HEADS, -1))
     observer.gram = torch.einsum("xhv,xhu->hvu", output, output)
-    for window, result in zip(x, source_parts(weights, x)[2], strict=True):
-        observer._add(window, result, None)
+    observer._add(x, source_parts(weights, x)[2], [None] * len(x))
     return observer.statistics()
 
 
@@ -130,10 +127,7 @@ def rope_of(
     weights: AttentionWeights, statistics: Statistics, rope_dim: int, **options: object
 ) -> Rope:
     settings = {"schedule": None, "shrinkage": 0.0, "unitary": True, "sensitive": True, **options}
-    moment = closed_form.key_moment(weights, statistics)
-    return closed_form.choose_rope(
-        weights, statistics, moment, FREQUENCIES, 1.0, rope_dim, **settings
-    )
+    return closed_form.choose_rope(weights, statistics, FREQUENCIES, 1.0, rope_dim, **settings)
 
 
 @settings(max_examples=25, deadline=None)
@@ -175,7 +169,7 @@ def test_full_rank_is_the_partial_rope_model(groups: int, rope_dim: int) -> None
         closed_form.value_metric(seen, spec, weights, felt_output(weights, None)),
     )
     rank = 2 * groups * DIM - rope_dim
-    axes = closed_form.output_axes(keys, weights.values, seen.attended, metric, centred=True)
+    axes = closed_form.output_axes(weights, seen, rope.kept, metric, centred=True)
     cut = axes.cut(keys, weights.values, rank, bias=True)
     assert cut.kept == pytest.approx(1, abs=1e-12)
     outputs = []
@@ -241,9 +235,7 @@ def test_statistics_do_not_depend_on_the_pieces(
     monkeypatch.setattr(observe, "SCORES", scores)
     pieces = observed(weights, x)
     for field in fields(Statistics):
-        found, expected = (
-            torch.as_tensor(getattr(part, field.name)).double() for part in (pieces, whole)
-        )
+        found, expected = (torch.as_tensor(getattr(part, field.name)) for part in (pieces, whole))
         # the same float64 sums in another order (measured: 1.6e-16)
         assert (found - expected).norm() <= 1e-14 * expected.norm(), field.name
 
@@ -267,9 +259,19 @@ def test_statistics_are_those_of_the_definition() -> None:
     scores, _, output = source_parts(weights, x)
     attention = causal_softmax(scores)
     tokens = attention.square().sum((1, 2))
-    flat = with_one(x).flatten(0, 1)
-    weighted = (flat * tokens.flatten()[:, None]).mT @ flat / tokens.sum()
-    torch.testing.assert_close(seen.attended, weighted, rtol=0, atol=1e-5)
+    flat, mean = with_one(x).flatten(0, 1), torch.full((3 * LENGTH,), 1 / (3 * LENGTH)).double()
+    share = tokens.flatten() / tokens.sum()
+    torch.testing.assert_close(seen.centre, share @ flat, rtol=0, atol=1e-5)
+    assert seen.energy == pytest.approx(float(x.square().mean()))
+    one = torch.zeros(1, flat.shape[1], dtype=torch.float64).index_fill(1, torch.tensor(-1), 1.0)
+    rows = flat @ torch.cat([weights.keys, weights.values, one]).mT
+    torch.testing.assert_close(seen.cached, (rows * share[:, None]).mT @ rows, rtol=0, atol=1e-5)
+    alike = observed(weights, x, weigh=False)
+    torch.testing.assert_close(alike.cached, (rows * mean[:, None]).mT @ rows, rtol=0, atol=1e-5)
+    real, imaginary = (flat @ weights.keys.mT).unflatten(1, (2, 2, DIM // 2)).unbind(2)
+    kappa = torch.complex(real, imaginary)
+    moment = torch.einsum("tgj,thj->jgh", kappa, kappa.conj()) / len(flat)
+    torch.testing.assert_close(seen.keys, moment, rtol=0, atol=EXACT)
     overlap = torch.einsum("bhmn,bgmn->hg", attention, attention) / (3 * LENGTH)
     torch.testing.assert_close(seen.overlap, overlap, rtol=0, atol=1e-5)
     gap = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)

@@ -54,7 +54,7 @@ def test_a_trial_errs_as_the_uncut_student_does(
     model(inputs_embeds=torch.randn(5, 24, spec.hidden_size), use_cache=False)
     seen = observer.statistics()
     rope = closed_form.choose_rope(
-        weights, seen, closed_form.key_moment(weights, seen), frequencies, factor, 4,
+        weights, seen, frequencies, factor, 4,
         schedule=None, shrinkage=0.5, unitary=True, sensitive=True,
     )  # fmt: skip
     uncut = closed_form.whole(closed_form.unrotated_keys(weights, rope.kept), weights.values)

@@ -29,11 +29,10 @@ def source_weights(reader: LayerReader, index: int) -> AttentionWeights:
     absorbed form (``AttentionSpec.absorbed``): ``k`` and ``v`` pick from the row it caches.
     """
     tensors, spec = reader.attention(index), reader.spec.layers[index]
-    scale = input_scale(reader, index, tensors)
     if spec.kv_lora_rank is not None:
-        return _absorbed_weights(reader, tensors, spec, scale)
+        return _absorbed_weights(reader, tensors, spec)
     if not spec.qk_norm:
-        return read_weights(tensors, scale, spec)
+        return read_weights(tensors, spec)
     heads, groups, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
     with_bias = torch.eye(dim, dim + 1, dtype=torch.float64, device=reader.device)
     width = groups * dim
@@ -45,13 +44,12 @@ def source_weights(reader: LayerReader, index: int) -> AttentionWeights:
         k=keys.view(groups, dim, -1),
         v=values.view(groups, dim, -1),
         o=augmented(tensors, "o_proj"),
-        norm=normed_scale(tensors, scale, offset),
         normed=NormedHeads(tensors, spec, eps, offset),
     )
 
 
 def _absorbed_weights(
-    reader: LayerReader, tensors: Tensors, spec: AttentionSpec, scale: torch.Tensor
+    reader: LayerReader, tensors: Tensors, spec: AttentionSpec
 ) -> AttentionWeights:
     heads, rank, nope = spec.num_attention_heads, spec.kv_lora_rank or 0, spec.qk_nope_head_dim or 0
     interleaved = reader.spec.config.get("rope_interleave", True)
@@ -71,13 +69,31 @@ def _absorbed_weights(
         k=row[order][None],
         v=row[None, :rank],
         o=torch.cat([absorbed, output[:, -1:]], 1),
-        norm=row_scale(tensors, rank, scale),
         normed=LatentHeads(tensors, spec),
         value_heads=w_uv,
     )
 
 
-def row_scale(tensors: Tensors, rank: int, scale: torch.Tensor) -> torch.Tensor:
+def input_scale(
+    reader: LayerReader, index: int, tensors: Tensors, *, qk_norm: bool, rank: int | None
+) -> torch.Tensor:
+    """``[n]`` float64, such that every z that keys and values are linear in, of n numbers, has
+    ``|z / scale|^2 <= n``.
+
+    Args:
+        reader: the source.
+        index: of the layer.
+        tensors: of its attention.
+        qk_norm: its keys are normed.
+        rank: of its latent; None where it has none.
+    """
+    scale = _hidden_scale(reader, index)
+    if rank is not None:
+        return _row_scale(tensors, rank, scale)
+    return _normed_scale(tensors, scale, reader.family.norm_offset) if qk_norm else scale
+
+
+def _row_scale(tensors: Tensors, rank: int, scale: torch.Tensor) -> torch.Tensor:
     """``input_scale`` of the row ``[kv_norm(c) | k_rope]`` that a latent source caches."""
     weight = tensors["kv_proj.weight"][rank:].double() * scale
     bias = tensors.get("kv_proj.bias", scale.new_zeros(rank + len(weight)))[rank:].double()
@@ -91,7 +107,7 @@ def _longest(weight: torch.Tensor, bias: torch.Tensor) -> float:
     return spectral * math.sqrt(weight.shape[1]) + float(bias.norm())
 
 
-def input_scale(reader: LayerReader, index: int, tensors: Tensors) -> torch.Tensor:
+def _hidden_scale(reader: LayerReader, index: int) -> torch.Tensor:
     """``[D]`` float64, such that every input x of attention has ``|x / scale|^2 <= D``.
 
     An RMSNorm in front of attention gives its weight; a bias counts beside it, since
@@ -115,7 +131,7 @@ def input_scale(reader: LayerReader, index: int, tensors: Tensors) -> torch.Tens
     return torch.full((size,), bound, dtype=torch.float64, device=reader.device)
 
 
-def normed_scale(tensors: Tensors, scale: torch.Tensor, offset: float) -> torch.Tensor:
+def _normed_scale(tensors: Tensors, scale: torch.Tensor, offset: float) -> torch.Tensor:
     """The same of ``[k_norm(k) | v]``: each half of ``z / scale`` is as long as it is wide."""
     width = len(tensors["v_proj.weight"])
     gain = tensors["k_norm.weight"].double() + offset

@@ -28,7 +28,7 @@ from mlakit.conversion.factor import (
     with_bias,
 )
 from mlakit.conversion.observe import Statistics, turn_factor
-from mlakit.conversion.rotate import KeptRope, hermitian_moment, keep_rope
+from mlakit.conversion.rotate import KeptRope, keep_rope
 from mlakit.spec import AttentionSpec
 
 FLOOR = 1e-9
@@ -65,18 +65,9 @@ def phase_error(mean: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
     return 1 - 2 * (constant.conj() * mean).real + constant.abs().square()
 
 
-def key_moment(weights: AttentionWeights, statistics: Statistics) -> torch.Tensor:
-    """``E[kappa kappa^H]`` of each frequency, ``[d/2, G, G]`` complex128."""
-    keys, (groups, dim) = weights.keys, weights.k.shape[:2]
-    moment = hermitian_moment(keys @ statistics.inputs @ keys.mT, groups)
-    moment = moment.unflatten(0, (dim // 2, groups)).unflatten(2, (dim // 2, groups))
-    return moment.diagonal(0, 0, 2).permute(2, 0, 1)
-
-
 def choose_rope(
     weights: AttentionWeights,
     statistics: Statistics,
-    moment: torch.Tensor,
     frequencies: torch.Tensor,
     factor: float,
     rope_dim: int,
@@ -91,7 +82,6 @@ def choose_rope(
     Args:
         weights: the source layer.
         statistics: of its attention.
-        moment: ``key_moment`` of the layer.
         frequencies: the source's, ``[d/2]``; zero where a pair does not turn.
         factor: what its rotary embedding multiplies cos and sin with.
         rope_dim: R.
@@ -112,7 +102,7 @@ def choose_rope(
         left = energy[..., None] * phase_error(other, phase_factor(other, shrinkage))
         avoided = 1 - left.sum(0) / lost.sum(0).clamp_min(1e-30)[:, None]
     kept = keep_rope(
-        moment,
+        statistics.keys,
         lost.unflatten(0, (groups, -1)).sum(1).mT,
         frequencies,
         rope_dim // 2,
@@ -128,10 +118,30 @@ def choose_rope(
 
 def unrotated_keys(weights: AttentionWeights, kept: KeptRope) -> torch.Tensor:
     """What of the keys no kept component carries, ``[G d, D+1]``."""
-    half = weights.k.shape[1] // 2
-    kappa = torch.complex(weights.k[:, :half], weights.k[:, half:])  # [G, d/2, D+1]
+    return _unrotated(weights.k, kept)
+
+
+def _unrotated(keys: torch.Tensor, kept: KeptRope) -> torch.Tensor:
+    """The same of any ``[G, d, n]``, ``[G d, n]``."""
+    half = keys.shape[1] // 2
+    kappa = torch.complex(keys[:, :half], keys[:, half:])  # [G, d/2, n]
     rest = torch.einsum("jgk,kjx->gjx", kept.remainder(half), kappa)
     return torch.cat([rest.real, rest.imag], 1).flatten(0, 1)
+
+
+def unrotated_moment(cached: torch.Tensor, kept: KeptRope, dim: int) -> torch.Tensor:
+    """``Statistics.cached`` without what the kept components carry, of the same shape.
+
+    Args:
+        cached: of keys of G heads of d dimensions, values and a one.
+        kept: the components.
+        dim: d.
+    """
+    groups = kept.mix.shape[1]
+    for _ in range(2):  # rows, then columns
+        keys, rest = cached.split([groups * dim, len(cached) - groups * dim])
+        cached = torch.cat([_unrotated(keys.unflatten(0, (groups, dim)), kept), rest]).mT
+    return cached
 
 
 def key_metric(statistics: Statistics, spec: AttentionSpec, dropped: torch.Tensor) -> torch.Tensor:
@@ -210,9 +220,9 @@ class Axes:
 
 
 def output_axes(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    moment: torch.Tensor,
+    weights: AttentionWeights,
+    statistics: Statistics,
+    kept: KeptRope,
     metric: tuple[torch.Tensor, torch.Tensor],
     *,
     centred: bool,
@@ -220,34 +230,34 @@ def output_axes(
     """The axes whose first C harm the output least: PCA of ``[keys; values]`` in a metric.
 
     Args:
-        keys: unrotated keys, ``[G d, D+1]``.
-        values: ``[G V, D+1]``.
-        moment: ``E[x x^T]`` with a one appended, ``[D+1, D+1]``.
+        weights: the source layer.
+        statistics: of its attention.
+        kept: the components that turn, which the keys are without.
         metric: ``B_K [G, d, d]`` and ``B_V [G V, G V]``.
         centred: means are no part of the latent; that of the values becomes ``offset``.
     """
-    joint = torch.cat([keys, values])
-    mean = joint @ moment[:, -1] if centred else joint.new_zeros(len(joint))
+    moment = unrotated_moment(statistics.cached, kept, weights.k.shape[1])
+    covariance = moment[:-1, :-1].clone()
+    if centred:
+        covariance -= torch.outer(moment[:-1, -1], moment[:-1, -1])
+    joint = torch.cat([unrotated_keys(weights, kept), weights.values])[:, :-1]
+    covariance.addmm_(joint, joint.mT, alpha=UNSEEN * statistics.energy)
     roots = _roots(*metric)[0]
-    seen = joint @ moment
-    seen[:, :-1] += UNSEEN * float(moment.diagonal()[:-1].mean()) * joint[:, :-1]
-    covariance = seen @ joint.mT - torch.outer(mean, mean)
     energy, basis = torch.linalg.eigh(roots @ covariance @ roots)
     energy, basis = energy.flip(0).clamp_min(0), basis.flip(1)
-    return Axes(energy, basis.mT, metric, moment[:, -1] if centred else None)
+    return Axes(energy, basis.mT, metric, statistics.centre if centred else None)
 
 
 def balance_metric(
-    keys: torch.Tensor, values: torch.Tensor, moment: torch.Tensor, rope_dim: int, groups: int
+    weights: AttentionWeights, statistics: Statistics, kept: KeptRope
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """TransMLA's balance in the shape of a metric: keys and values of equal mean length."""
-
-    def squares(rows: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("ij,jk,ik->i", rows, moment, rows)
-
-    width, dim = len(keys), len(keys) // groups
-    ratio = balance_ratio(squares(keys), squares(values), 0) * width / max(width - rope_dim, 1)
-    unit = torch.eye(max(dim, len(values)), dtype=keys.dtype, device=keys.device)
+    groups, dim = weights.k.shape[:2]
+    width, rope_dim = groups * dim, 2 * len(kept.frequencies)
+    squares = unrotated_moment(statistics.cached, kept, dim).diagonal()[:-1]
+    keys, values = squares[:width], squares[width:]
+    ratio = balance_ratio(keys, values, 0) * width / max(width - rope_dim, 1)
+    unit = torch.eye(max(dim, len(values)), dtype=squares.dtype, device=squares.device)
     small, whole = unit[:dim, :dim], unit[: len(values), : len(values)]
     return small.expand(groups, -1, -1) / ratio**2, whole
 

@@ -32,7 +32,6 @@ class AttentionWeights:
         k: ``[G, d, D+1]``.
         v: ``[G, V, D+1]``; V = d but where the source is latent.
         o: ``[D, H V + 1]``, the output projection and its bias.
-        norm: ``[D]``, the weight of the RMSNorm in front of them: ``|x / norm|^2 <= D``.
         normed: where queries and keys are not linear in x; ``q`` then acts on each head of
             ``normed.queries(x)`` and ``k`` and ``v`` on ``normed.inputs(x)``.
         value_heads: ``[H, V, C]`` of a source that is latent already. G is then 1, d and V are
@@ -43,7 +42,6 @@ class AttentionWeights:
     k: torch.Tensor
     v: torch.Tensor
     o: torch.Tensor
-    norm: torch.Tensor
     normed: NormedHeads | LatentHeads | None = None
     value_heads: torch.Tensor | None = None
 
@@ -76,15 +74,12 @@ class AttentionWeights:
         return torch.arange(heads, device=self.q.device) // (heads // groups)
 
 
-def read_weights(
-    tensors: Mapping[str, torch.Tensor], norm: torch.Tensor, spec: AttentionSpec
-) -> AttentionWeights:
+def read_weights(tensors: Mapping[str, torch.Tensor], spec: AttentionSpec) -> AttentionWeights:
     """Collects a source layer's projections.
 
     Args:
         tensors: ``q_proj.weight``, ``k_proj.weight``, ``v_proj.weight``, ``o_proj.weight`` and
             their biases, if any.
-        norm: the input norm's weight ``[D]``.
         spec: the source layer.
     """
 
@@ -96,7 +91,6 @@ def read_weights(
         k=projection("k_proj", spec.num_key_value_heads),
         v=projection("v_proj", spec.num_key_value_heads),
         o=augmented(tensors, "o_proj"),
-        norm=norm.double(),
     )
 
 
@@ -308,9 +302,9 @@ def identity_norm_exponent(mean_square: float) -> int:
 
 def all_finite(*tensors: torch.Tensor) -> bool:
     """Whether all numbers are finite; needs no memory, and of half precision no wide copy."""
-    return all(
-        math.isfinite(float(limit)) for each in tensors if each.numel() for limit in each.aminmax()
-    )
+    real = (torch.view_as_real(each) if each.is_complex() else each for each in tensors)
+    limits = (limit for each in real if each.numel() for limit in each.aminmax())
+    return all(math.isfinite(float(limit)) for limit in limits)
 
 
 def _left_singular_vectors(matrix: torch.Tensor) -> torch.Tensor:

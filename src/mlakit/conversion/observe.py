@@ -28,9 +28,14 @@ class Statistics:
     output projection:
 
     Attributes:
-        inputs: ``E[x x^T]`` of the layer's inputs with a one appended, ``[D+1, D+1]``.
-        attended: the same with every token weighted by the attention it gets, ``sum_im a^2``
-            (mean weight 1): errors of keys that nobody reads do not matter.
+        keys: ``E[kappa kappa^H]`` of the complex keys (see ``closed_form``) of each frequency,
+            ``[d/2, G, G]`` complex128.
+        cached: ``E[z z^T]`` of z, all keys without rotation, all values and a one, with every
+            token weighted by the attention it gets, ``sum_im a^2`` (mean weight 1): errors of keys
+            that nobody reads do not matter. ``[G (d + V) + 1, G (d + V) + 1]``.
+        centre: ``E[x]`` of what keys and values are linear in, a one appended, weighted likewise,
+            ``[D+1]``.
+        energy: mean square of its numbers.
         queries: ``E[q q^T]`` per head, ``[H, d, d]``.
         sensitive: ``E[w q q^T]`` with ``w = sum_n a^2 |W_O (v_n - o)|^2``: what a small error of
             the keys, independent from token to token, does to the output; ``[H, d, d]``.
@@ -39,8 +44,10 @@ class Statistics:
         output: ``E|y - E y|^2`` of the block's output.
     """
 
-    inputs: torch.Tensor
-    attended: torch.Tensor
+    keys: torch.Tensor
+    cached: torch.Tensor
+    centre: torch.Tensor
+    energy: float
     queries: torch.Tensor
     sensitive: torch.Tensor
     overlap: torch.Tensor
@@ -88,6 +95,7 @@ class Observer:
         factor: what its rotary embedding multiplies cos and sin with.
         windows: the first so many windows count; later ones are held out and kept as they are.
         felt: ``felt_output`` of the layer.
+        weigh: tokens count by the attention they get; False for all alike.
     """
 
     def __init__(
@@ -98,8 +106,11 @@ class Observer:
         factor: float,
         windows: int,
         felt: torch.Tensor,
+        *,
+        weigh: bool = True,
     ) -> None:
         self.weights = weights
+        self.weigh = weigh
         self.projections = [part.float() for part in (weights.q, weights.k, weights.v)]
         blocks, felt = (
             part.float().unflatten(1, (spec.num_attention_heads, -1)).transpose(0, 1)
@@ -133,8 +144,10 @@ class Observer:
             )
         mean = sums["output"] / tokens
         return Statistics(
-            inputs=sums["inputs"].div_(tokens),
-            attended=sums["attended"].div_(self._weight),
+            keys=sums["keys"] / tokens,
+            cached=sums["cached"] / self._weight,
+            centre=sums["centre"] / self._weight,
+            energy=float(sums["energy"]) / tokens,
             queries=sums["queries"] / tokens,
             sensitive=sums["sensitive"] / tokens,
             overlap=sums["overlap"] / tokens,
@@ -169,11 +182,16 @@ class Observer:
         key, value = (torch.einsum("tx,hdx->htd", x, part) for part in self.projections[1:])
         parts = zip(*(part.split(length, 1) for part in (query, key, value)), masks)
         seen = Attended.together([self._attention(*part) for part in parts])
+        counts = seen.tokens if self.weigh else torch.ones_like(seen.tokens)
+        kappa = torch.complex(*key.chunk(2, -1)).permute(2, 0, 1)  # [d/2, G, tokens]
+        cached = torch.cat([*key, *value, x[:, -1:]], 1)
         self._tokens += len(x)
-        self._weight += float(seen.tokens.double().sum())
+        self._weight += float(counts.double().sum())
         for name, term in {
-            "inputs": x.mT @ x,
-            "attended": (x * seen.tokens[:, None]).mT @ x,
+            "keys": kappa @ kappa.mH,
+            "cached": (cached * counts[:, None]).mT @ cached,
+            "centre": counts.double() @ x.double(),
+            "energy": x[:, :-1].double().square().mean(1).sum(),
             "queries": query.mT @ query,
             "sensitive": (query * seen.weight[..., None]).mT @ query,
             "overlap": seen.overlap,
@@ -182,7 +200,8 @@ class Observer:
             "output_square": y.double().square().sum(),
         }.items():
             if name not in self._sums:
-                self._sums[name] = torch.zeros_like(term, dtype=torch.float64)
+                wide = torch.complex128 if term.is_complex() else torch.float64
+                self._sums[name] = torch.zeros_like(term, dtype=wide)
             self._sums[name] += term
 
     def _attention(

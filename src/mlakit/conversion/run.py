@@ -22,7 +22,7 @@ from mlakit.checkpoint import (
 )
 from mlakit.checkpoint.origin import origin
 from mlakit.checkpoint.reading import PLAN_NAME
-from mlakit.conversion.adapt import stored_tensors
+from mlakit.conversion.adapt import input_scale, stored_tensors
 from mlakit.conversion.allocate import (
     SEARCH_ROUNDS,
     Losses,
@@ -322,10 +322,11 @@ class Run:
         down = tensors["kv_a_proj_with_mqa.weight"]
         bias = tensors.get("kv_a_proj_with_mqa.bias", down.new_zeros(len(down)))
         latent = torch.cat([down, bias[:, None]], 1)[: self.plan.layers[index].kv_lora_rank]
-        weights = layer_weights(self.reader, index)
-        exponent = identity_norm_exponent(latent_bound(latent, weights.norm))
         prefix, spec = self.family.attention_prefix(index), self.model.layers[index]
         source = self.reader.attention(index)
+        norms = {"qk_norm": spec.qk_norm, "rank": spec.kv_lora_rank}
+        scale = input_scale(self.reader, index, source, **norms)
+        exponent = identity_norm_exponent(latent_bound(latent, scale))
         tensors = stored_tensors(tensors, source, spec, self.plan.layers[index])
         new = {prefix + name: tensor for name, tensor in tensors.items()}
         self.shards.write(index + 1, self._shard(index + 1, new))

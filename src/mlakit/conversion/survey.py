@@ -9,6 +9,7 @@ rank and at each of a few rotary widths, and says what each will cost.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,18 +66,13 @@ class Layer:
     factor: float
 
     @cached_property
-    def key_moment(self) -> torch.Tensor:
-        """``closed_form.key_moment``."""
-        return closed_form.key_moment(self.weights, self.statistics)
-
-    @cached_property
     def value_metric(self) -> torch.Tensor:
         """``closed_form.value_metric``."""
         return closed_form.value_metric(self.statistics, self.spec, self.weights, self.felt)
 
     def trial(self) -> Trial:
         """Its held-out windows, ready for candidates."""
-        return Trial(self.weights, self.spec, self.factor, self.held_out)
+        return Trial(self.weights, self.spec, self.factor, self.held_out, self.importance)
 
 
 @dataclass(frozen=True)
@@ -211,16 +207,13 @@ class Survey:
             self._store(self._path(layer.index, rope_dim), found)
 
     def _axes(self, layer: Layer, rope: Rope) -> Axes:
-        weights, has = layer.weights, self.goal.has
-        keys, seen = closed_form.unrotated_keys(weights, rope.kept), layer.statistics
-        moment = seen.attended if has("tokens") else seen.inputs
-        if has("metric"):
-            keys_felt = closed_form.key_metric(seen, layer.spec, rope.dropped)
+        common = (layer.weights, layer.statistics, rope.kept)
+        if self.goal.has("metric"):
+            keys_felt = closed_form.key_metric(layer.statistics, layer.spec, rope.dropped)
             metric = (keys_felt, layer.value_metric)
         else:
-            rope_dim, groups = len(rope.kept.frequencies) * 2, len(weights.k)
-            metric = closed_form.balance_metric(keys, weights.values, moment, rope_dim, groups)
-        return closed_form.output_axes(keys, weights.values, moment, metric, centred=has("means"))
+            metric = closed_form.balance_metric(*common)
+        return closed_form.output_axes(*common, metric, centred=self.goal.has("means"))
 
     def choose_rope(
         self,
@@ -232,11 +225,15 @@ class Survey:
         """The rotations to keep, judged by the held-out error before any rank is cut."""
         best: Wrong | None = None
         for schedule in schedules:
+            before = math.inf
             for shrinkage in SHRINKAGES if self.goal.has("phase") else (0.0,):
                 rope = self._rope(layer, rope_dim, schedule, shrinkage)
-                error = trial.error(rope, layer.importance)
+                error = trial.error(rope)
                 if best is None or error.felt < best.felt:
                     best, chosen, facts = error, rope, {"shrinkage": shrinkage}
+                if error.felt > before:
+                    break  # a parabola, about: further from its lowest point it only rises
+                before = error.felt
         assert best is not None
         facts["rope_error"] = best.share
         if layer.importance is not None:
@@ -250,7 +247,8 @@ class Survey:
         spec = self.reader.spec.layers[index].absorbed
         metric = None if self.sensitivity is None else self.sensitivity.matrix(index)
         felt = felt_output(weights, metric)
-        observer = Observer(weights, spec, frequencies, factor, self.fitted, felt)
+        weigh = self.goal.has("tokens")
+        observer = Observer(weights, spec, frequencies, factor, self.fitted, felt, weigh=weigh)
         model = self.reader.layer(index)
         observer.watch(model.layers[0].self_attn)
         self.stream.run(index, model)
@@ -303,7 +301,6 @@ class Survey:
         return closed_form.choose_rope(
             layer.weights,
             layer.statistics,
-            layer.key_moment,
             layer.frequencies,
             layer.factor,
             rope_dim,

@@ -61,6 +61,7 @@ class Trial:
         spec: the source layer.
         factor: what its rotary embedding multiplies cos and sin with.
         windows: inputs and outputs that no statistic has seen.
+        importance: ``[D, D]``, a metric of the output.
     """
 
     def __init__(
@@ -69,9 +70,11 @@ class Trial:
         spec: AttentionSpec,
         factor: float,
         windows: Sequence[HeldOut],
+        importance: torch.Tensor | None = None,
     ) -> None:
         self.spec, self.factor = spec, factor
         self.output = weights.o.float()
+        self.importance = None if importance is None else importance.float()
         parts = [part.float() for part in (weights.q, weights.k, weights.v)]
         lengths = [len(window.inputs) for window in windows]
         stride = max(1, min(sum(lengths) // TRIAL_QUERIES, *lengths))  # one of each at least
@@ -81,23 +84,18 @@ class Trial:
         self.variance = max(float(torch.stack(squares).sum()), 1e-30)
 
     @torch.no_grad()
-    def error(self, rope: Rope, importance: torch.Tensor | None = None) -> Wrong:
-        """What the block's output misses with this candidate.
-
-        Args:
-            rope: the candidate.
-            importance: ``[D, D]`` float64, a metric of the output.
-        """
+    def error(self, rope: Rope) -> Wrong:
+        """What the block's output misses with this candidate."""
         plain, felt, tokens = 0.0, 0.0, 0
         for window in self.windows:
             heads = self._attend(window, rope)
             change = heads @ self.output[:, :-1].mT + self.output[:, -1] - window.output
             plain += float(change.square().sum(dtype=torch.float64))
             tokens += len(change)
-            if importance is not None:
-                felt += float(((change @ importance.float()) * change).sum(dtype=torch.float64))
+            if self.importance is not None:
+                felt += float(((change @ self.importance) * change).sum(dtype=torch.float64))
         share = plain / self.variance
-        return Wrong(share, share if importance is None else felt / tokens)
+        return Wrong(share, share if self.importance is None else felt / tokens)
 
     def _attend(self, window: Heads, rope: Rope) -> torch.Tensor:
         """What the heads read, side by side, ``[N, H d]``; some key heads at a time."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mlakit.checkpoint import Checkpoint
-from mlakit.conversion.adapt import input_scale, normed_scale, row_scale
+from mlakit.conversion.adapt import input_scale
 from mlakit.conversion.factor import identity_norm_exponent, latent_bound
 from mlakit.conversion.stream import LayerReader
 from mlakit.families import read_model
@@ -52,7 +52,7 @@ def needed_exponent(student: Checkpoint, changed: Mapping[str, Tensor]) -> int |
     model, overlay = read_model(student.config), Overlay(student, changed)
     found: Any = overlay
     reader = LayerReader(found, model, torch.device("cpu"))
-    offset, bounds = reader.family.norm_offset, []
+    bounds = []
     for index, spec in enumerate(model.layers):
         prefix = reader.family.attention_prefix(index)
         tensors = {
@@ -60,11 +60,8 @@ def needed_exponent(student: Checkpoint, changed: Mapping[str, Tensor]) -> int |
             for name in student.names
             if name.startswith(prefix)
         }
-        scale = input_scale(reader, index, tensors)
-        if spec.qk_norm:
-            scale = normed_scale(tensors, scale, offset)
-        elif spec.source_kv_lora_rank is not None:
-            scale = row_scale(tensors, spec.source_kv_lora_rank, scale)
+        norms = {"qk_norm": spec.qk_norm, "rank": spec.source_kv_lora_rank}
+        scale = input_scale(reader, index, tensors, **norms)
         down = tensors["kv_a_proj_with_mqa.weight"].double()
         bias = tensors.get("kv_a_proj_with_mqa.bias", down.new_zeros(len(down))).double()
         latent = torch.cat((down, bias[:, None]), 1)[: spec.kv_lora_rank]
