@@ -18,7 +18,7 @@ TOKEN_BYTES = 4
 BATCH_TOKENS = 2048
 """Tokens that go through a layer together."""
 
-SCORES = 2**20
+SCORES = 2**21
 """Attention scores that are held at once where all are looked at."""
 
 TRIAL_QUERIES = 1024

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from mlakit.conversion.normed import LatentHeads, NormedHeads
 from mlakit.conversion.rotate import Rotation
@@ -53,9 +54,7 @@ class AttentionWeights:
         """Queries ``[H, T, d]`` for inputs ``[T, D]``; ``q`` is this layer's in their dtype."""
         if self.normed is not None:
             return self.normed.queries(hidden) @ q[..., :-1].mT
-        return torch.einsum(
-            "tx,hdx->htd", torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), q
-        )
+        return heads_of(torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), q)
 
     @property
     def keys(self) -> torch.Tensor:
@@ -72,6 +71,12 @@ class AttentionWeights:
         """``[H]``: the key/value head that each query head reads."""
         heads, groups = len(self.q), len(self.k)
         return torch.arange(heads, device=self.q.device) // (heads // groups)
+
+
+def heads_of(rows: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """Heads ``[H, T, d]`` of rows ``[T, n]`` under ``[H, d, n]``, multiplied in its dtype."""
+    found = functional.linear(rows.to(projection.dtype), projection.flatten(0, 1)).to(rows.dtype)
+    return found.unflatten(1, projection.shape[:2]).transpose(0, 1)
 
 
 def read_weights(tensors: Mapping[str, torch.Tensor], spec: AttentionSpec) -> AttentionWeights:

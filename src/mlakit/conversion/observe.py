@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from mlakit.conversion.amounts import SCORES
-from mlakit.conversion.factor import AttentionWeights, all_finite
+from mlakit.conversion.factor import AttentionWeights, all_finite, heads_of
+from mlakit.conversion.stream import multiplies_bfloat16
 from mlakit.errors import MlakitError
 from mlakit.spec import AttentionSpec
 
@@ -85,6 +86,17 @@ def felt_output(weights: AttentionWeights, importance: torch.Tensor | None) -> t
     return output if importance is None else importance.float() @ output.float()
 
 
+def working_projections(weights: AttentionWeights) -> list[torch.Tensor]:
+    """``q``, ``k`` and ``v`` to multiply inputs with: bfloat16 where they are stored so and the
+    device is fast at it, as the source itself does (``LayerReader.layer``); else float32."""
+    parts = [weights.q, weights.k, weights.v]
+    if weights.normed is None and multiplies_bfloat16(weights.q.device):
+        narrow = [part.bfloat16() for part in parts]
+        if all(torch.equal(new, old) for new, old in zip(narrow, parts, strict=True)):
+            return narrow
+    return [part.float() for part in parts]
+
+
 class Observer:
     """Sees the attention module of a layer at work and sums up.
 
@@ -111,7 +123,7 @@ class Observer:
     ) -> None:
         self.weights = weights
         self.weigh = weigh
-        self.projections = [part.float() for part in (weights.q, weights.k, weights.v)]
+        self.projections = working_projections(weights)
         blocks, felt = (
             part.float().unflatten(1, (spec.num_attention_heads, -1)).transpose(0, 1)
             for part in (weights.o[:, :-1], felt)
@@ -179,7 +191,7 @@ class Observer:
         length, x, y = x.shape[1], x.flatten(0, 1), y.flatten(0, 1)
         query = self.weights.queries(x, self.projections[0])
         x = torch.cat([self.weights.inputs(x), x.new_ones(len(x), 1)], 1)
-        key, value = (torch.einsum("tx,hdx->htd", x, part) for part in self.projections[1:])
+        key, value = (heads_of(x, part) for part in self.projections[1:])
         parts = zip(*(part.split(length, 1) for part in (query, key, value)), masks)
         seen = Attended.together([self._attention(*part) for part in parts])
         counts = seen.tokens if self.weigh else torch.ones_like(seen.tokens)
@@ -190,8 +202,8 @@ class Observer:
         for name, term in {
             "keys": kappa @ kappa.mH,
             "cached": (cached * counts[:, None]).mT @ cached,
-            "centre": counts.double() @ x.double(),
-            "energy": x[:, :-1].double().square().mean(1).sum(),
+            "centre": counts @ x,
+            "energy": x[:, :-1].square().mean(1).sum(),
             "queries": query.mT @ query,
             "sensitive": (query * seen.weight[..., None]).mT @ query,
             "overlap": seen.overlap,
@@ -222,29 +234,32 @@ class Observer:
             turned = torch.complex(*part.chunk(2, -1)) * turn
             return torch.cat([turned.real, turned.imag], -1)
 
-        query, key = rotate(query), rotate(key).repeat_interleave(repeats, 0)
+        query = rotate(query) * self.spec.softmax_scale
+        key = rotate(key).mT.repeat_interleave(repeats, 0)  # [H, d, T]
         value = value.repeat_interleave(repeats, 0)
         turned = value @ self.gram  # v^T W_O^T W_O
-        own = (turned * value).sum(-1)
+        own = (turned * value).sum(-1, keepdim=True)
+        keys = torch.cat([turned, own, torch.ones_like(own)], -1)
         weight = query.new_zeros(heads, length)
         tokens = query.new_zeros(length)
         overlap = query.new_zeros(heads, heads, dtype=torch.float64)
         distances = query.new_zeros(heads, length, dtype=torch.float64)
         for first, last in query_blocks(heads, length, length):
             rows = slice(first, last)  # no query sees a key behind the last of them
-            scores = query[:, rows] @ key[:, :last].mT * self.spec.softmax_scale
+            scores = query[:, rows] @ key[..., :last]
             attention, slope = self._softmax(
                 scores, first, None if mask is None else mask[rows, :last]
             )
             out = attention @ value[:, :last]
             read = (out @ self.gram * out).sum(-1)
-            distance = (out @ turned[:, :last].mT).mul_(-2)
-            distance.add_(own[:, None, :last]).add_(read[..., None])
             square = attention.square()
-            # |W_O (v_n - o_m)|^2 of every key n and query m, weighted
-            felt = distance.clamp_min_(0).mul_(square).mul_(slope.square())
-            weight[:, rows] = felt.sum(-1)
             tokens[:last] += square.sum((0, 1))
+            if slope is not None:
+                square = square.mul_(slope.square())
+            # sum_n a^2 |W_O (v_n - o_m)|^2 of every query m, multiplied out
+            met, own, count = (square @ keys[:, :last]).split([out.shape[-1], 1, 1], -1)
+            felt = own[..., 0] + count[..., 0] * read - 2 * (met * out).sum(-1)
+            weight[:, rows] = felt.clamp_min_(0)
             flat = attention.flatten(1)
             overlap += flat @ flat.mT
             distances[:, :last] += _by_distance(attention)
@@ -252,7 +267,7 @@ class Observer:
 
     def _softmax(
         self, scores: torch.Tensor, first: int, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of scores ``[H, rows, T]``, and their slope where they are soft-capped.
 
         Args:
@@ -260,7 +275,7 @@ class Observer:
             first: position of the first query.
             mask: ``[rows, T]``; None for a causal one.
         """
-        slope = torch.ones((), device=scores.device)
+        slope = None
         if self.spec.logit_softcap:
             capped = torch.tanh(scores / self.spec.logit_softcap)
             scores, slope = capped * self.spec.logit_softcap, 1 - capped.square()

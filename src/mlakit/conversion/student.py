@@ -103,18 +103,19 @@ class Student(nn.Module):
 
         Args:
             windows: inputs and outputs of the source's layer.
-            importance: ``[D, D]`` float64, a metric of the output.
+            importance: ``[D, D]``, a metric of the output.
         """
         plain, felt, whole, tokens = 0.0, 0.0, 0.0, 0
+        metric = None if importance is None else importance.float()
         mean = torch.stack([window.outputs.mean(0) for window in windows]).mean(0)
         for window in windows:
             mask = None if window.mask is None else window.mask[None, None]
             output = self(window.inputs[None], mask)[0][0]
-            change = (output - window.outputs).double()
-            plain += float(change.square().sum())
-            whole += float((window.outputs - mean).double().square().sum())
+            change = output - window.outputs
+            plain += float(change.square().sum(dtype=torch.float64))
+            whole += float((window.outputs - mean).square().sum(dtype=torch.float64))
             tokens += len(change)
-            if importance is not None:
-                felt += float(((change @ importance) * change).sum())
+            if metric is not None:
+                felt += float(((change @ metric) * change).sum(dtype=torch.float64))
         share = plain / max(whole, 1e-30)
-        return Wrong(share, share if importance is None else felt / tokens)
+        return Wrong(share, share if metric is None else felt / tokens)

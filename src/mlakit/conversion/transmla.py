@@ -28,7 +28,7 @@ from mlakit.conversion.calibrate import (
     partial_rope_perplexity,
     split_held_out,
 )
-from mlakit.conversion.factor import Tensors, compress, joint_low_rank
+from mlakit.conversion.factor import Tensors, all_finite, compress, joint_low_rank
 from mlakit.conversion.plan import ConversionPlan, Progress
 from mlakit.conversion.rotary_sizes import freqfold_candidates
 from mlakit.conversion.rotate import Rotation

@@ -14,8 +14,8 @@ import torch
 from mlakit.conversion.amounts import TRIAL_BLOCK, TRIAL_QUERIES
 from mlakit.conversion.calibrate import attend
 from mlakit.conversion.closed_form import Rope
-from mlakit.conversion.factor import AttentionWeights
-from mlakit.conversion.observe import HeldOut, Wrong, turn_factor
+from mlakit.conversion.factor import AttentionWeights, heads_of
+from mlakit.conversion.observe import HeldOut, Wrong, turn_factor, working_projections
 from mlakit.spec import AttentionSpec
 
 QUERY_BLOCKS = 4
@@ -75,7 +75,7 @@ class Trial:
         self.spec, self.factor = spec, factor
         self.output = weights.o.float()
         self.importance = None if importance is None else importance.float()
-        parts = [part.float() for part in (weights.q, weights.k, weights.v)]
+        parts = working_projections(weights)
         lengths = [len(window.inputs) for window in windows]
         stride = max(1, min(sum(lengths) // TRIAL_QUERIES, *lengths))  # one of each at least
         self.windows = [_heads(weights, parts, window, stride) for window in windows]
@@ -141,7 +141,7 @@ def _heads(
     ones = window.inputs.new_ones(length, 1)
     inputs = torch.cat([weights.inputs(window.inputs), ones], 1)
     query = weights.queries(window.inputs[rows], parts[0])
-    key, value = (torch.einsum("tx,hdx->htd", inputs, part) for part in parts[1:])
+    key, value = (heads_of(inputs, part) for part in parts[1:])
     return Heads(rows, _complex(query), _complex(key), value, window.outputs[rows], mask)
 
 

@@ -71,16 +71,15 @@ def _scores(size: Dimensions, copies: int) -> int:
 
 
 def _observing(size: Dimensions, attention: bool) -> Parts:
-    row = size.hidden + 1
     parts = {
         "layer": _layer(size),
         "float64 weights": 8 * size.source,
         "batch": _forward(size, BATCH_TOKENS),
-        "moments": (8 + 8 * attention + 4) * row**2,
+        "moments": 12 * ((size.width if attention else size.hidden) + 1) ** 2,
     }
     if attention:
         parts |= {
-            "float32 weights": 4 * size.shared,
+            "weights to multiply with": (2 if size.stored else 4) * size.shared,
             "attention of a window": _scores(size, 6),
             "heads of a window": 4 * 8 * size.query * size.window,
             "metric of outputs": _metric(size),
@@ -113,8 +112,8 @@ def _kept(block: int) -> int:
 
 def _choosing(size: Dimensions) -> Parts:
     heads = 4 * (size.query + size.width + size.hidden) * size.held_out
-    value_metric = 8 * 2 * size.query * (size.query + size.hidden)
-    axes = 8 * (2 * size.width * size.hidden + 6 * size.width**2)
+    value_metric = 4 * 3 * size.query**2 // size.groups + 8 * size.query * size.hidden
+    axes = 8 * (2 * size.width * size.hidden + 7 * size.width**2)
     block = _tried(size)
     asked = min(TRIAL_QUERIES, size.held_out, size.window)
     attending = 5 * block + 4 * size.query * asked
@@ -122,7 +121,7 @@ def _choosing(size: Dimensions) -> Parts:
     trial = 4 * size.source + heads + max(attending, missed)
     return {
         "float64 weights": 8 * size.source,
-        "moments": 2 * 8 * (size.hidden + 1) ** 2,
+        "moments": 8 * (size.width + 1) ** 2,
         "metric of outputs": _metric(size),
         "held-out windows": 2 * 4 * size.hidden * size.held_out,
         "trial, metric of values or axes": max(trial, value_metric, axes),

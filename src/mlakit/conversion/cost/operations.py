@@ -37,8 +37,9 @@ FLOAT64_SPEED = 0.4
 PASSES = 1 / 6
 """Of the measured speed of an addition, what exponentials, masks and complex numbers get."""
 
-CANDIDATES = 10
-"""Rotations that are tried per layer and rotary width: five shrinkages, two schedules."""
+CANDIDATES = 7
+"""Rotations that are tried per layer and rotary width: of two schedules, of five shrinkages those
+until the error rises, most often the third or fourth."""
 
 KEY_BLOCK = 512
 """Keys that a kernel takes at once, hidden or not: half of them more than a query sees. From 42 to
@@ -113,8 +114,8 @@ def _attention(size: Dimensions, key: int, passes: int = 0) -> Work:
 def survey(size: Dimensions, passes: int) -> Work:
     """The source's forward with its statistics; of every width rotations and axes; one cut."""
     fitted, row = size.tokens - size.held_out, size.hidden + 1
-    seen = Work(float32=2 * size.shared + 4 * row**2 + 4 * size.query * size.head)
-    seen += _attention(size, 2 * size.head, passes=8)
+    seen = Work(float32=2 * size.width**2 + 4 * size.query * size.head, stored=2 * size.shared)
+    seen += _attention(size, 2 * size.head, passes=6)
     tried = Work()
     for rope in size.ropes:
         tried += Work(
@@ -126,15 +127,18 @@ def survey(size: Dimensions, passes: int) -> Work:
     asked = min(TRIAL_QUERIES, size.held_out)
     keys, width = size.width // 2, size.width
     shared = Work(
-        float64=2 * keys * row**2 + 2 * size.query * size.hidden * (size.query + size.hidden),
+        float32=2 * size.query * size.hidden * (size.query + size.hidden),
         passed=8 * 10 * size.source,
     )
     axes = Work(
-        float64=2 * width * row**2 + 4 * width**2 * row + 13 * width**3 + 9 * keys**3,
+        float64=2 * width**2 * row + 13 * width**3 + 9 * keys**3,
         passed=8 * 6 * width * row,
         written=8 * (width**2 + keys**2),
     )
-    cut = Work(float64=2 * width**2 * row + 4 * width**3 + 9 * keys**3, passed=8 * 4 * width * row)
+    cut = Work(
+        float64=2 * size.rank * width * row + 4 * size.rank * width**2 + 9 * keys**3,
+        passed=8 * 4 * width * row,
+    )
     read = Work(written=4 * size.hidden).times(size.tokens)
     once = forward(size).times(size.tokens) + seen.times(fitted) + read
     chosen = tried.times(CANDIDATES * asked) + axes.times(len(size.ropes))
