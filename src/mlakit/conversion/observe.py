@@ -7,6 +7,7 @@ and how strongly the output answers to a change of a score.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -92,7 +93,8 @@ def working_projections(weights: AttentionWeights) -> list[torch.Tensor]:
     parts = [weights.q, weights.k, weights.v]
     if weights.normed is None and multiplies_bfloat16(weights.q.device):
         narrow = [part.bfloat16() for part in parts]
-        if all(torch.equal(new, old) for new, old in zip(narrow, parts, strict=True)):
+        heads = zip(itertools.chain(*narrow), itertools.chain(*parts), strict=True)
+        if all(torch.equal(new, old) for new, old in heads):  # one at a time: widened to compare
             return narrow
     return [part.float() for part in parts]
 
@@ -181,9 +183,7 @@ class Observer:
         for x, y, own in list(zip(hidden, output[0], masks, strict=True))[counted:]:
             self.held_out.append(HeldOut(x.clone(), y.clone(), own))
 
-    def _add(
-        self, x: torch.Tensor, y: torch.Tensor, masks: Sequence[torch.Tensor | None]
-    ) -> None:
+    def _add(self, x: torch.Tensor, y: torch.Tensor, masks: Sequence[torch.Tensor | None]) -> None:
         """Some windows: inputs ``[b, T, D]``, outputs ``[b, T, D]``, masks ``[T, T]``.
 
         Products of one batch are float32, as their factors are; their sums are float64.
@@ -208,8 +208,8 @@ class Observer:
             "sensitive": (query * seen.weight[..., None]).mT @ query,
             "overlap": seen.overlap,
             "distances": seen.distances,
-            "output": y.double().sum(0),
-            "output_square": y.double().square().sum(),
+            "output": y.sum(0, dtype=torch.float64),
+            "output_square": y.square().sum(dtype=torch.float64),
         }.items():
             if name not in self._sums:
                 wide = torch.complex128 if term.is_complex() else torch.float64

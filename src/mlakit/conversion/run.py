@@ -324,8 +324,8 @@ class Run:
         latent = torch.cat([down, bias[:, None]], 1)[: self.plan.layers[index].kv_lora_rank]
         prefix, spec = self.family.attention_prefix(index), self.model.layers[index]
         source = self.reader.attention(index)
-        norms = {"qk_norm": spec.qk_norm, "rank": spec.kv_lora_rank}
-        scale = input_scale(self.reader, index, source, **norms)
+        normed, rank = spec.qk_norm is not None, spec.kv_lora_rank
+        scale = input_scale(self.reader, index, source, qk_norm=normed, rank=rank)
         exponent = identity_norm_exponent(latent_bound(latent, scale))
         tensors = stored_tensors(tensors, source, spec, self.plan.layers[index])
         new = {prefix + name: tensor for name, tensor in tensors.items()}

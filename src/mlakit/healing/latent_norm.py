@@ -60,8 +60,8 @@ def needed_exponent(student: Checkpoint, changed: Mapping[str, Tensor]) -> int |
             for name in student.names
             if name.startswith(prefix)
         }
-        norms = {"qk_norm": spec.qk_norm, "rank": spec.source_kv_lora_rank}
-        scale = input_scale(reader, index, tensors, **norms)
+        normed, rank = spec.qk_norm is not None, spec.source_kv_lora_rank
+        scale = input_scale(reader, index, tensors, qk_norm=normed, rank=rank)
         down = tensors["kv_a_proj_with_mqa.weight"].double()
         bias = tensors.get("kv_a_proj_with_mqa.bias", down.new_zeros(len(down))).double()
         latent = torch.cat((down, bias[:, None]), 1)[: spec.kv_lora_rank]

@@ -197,7 +197,7 @@ def _require_groups(source: str, index: int, layer: AttentionSpec) -> None:
 
 def _grouped(reader: LayerReader, index: int) -> LayerProof:
     spec, tensors = reader.spec.layers[index], reader.attention(index)
-    weights = read_weights(tensors, torch.ones(()), spec)
+    weights = read_weights(tensors, spec)
     factors = article(weights, spec)
     down = augmented(factors, "kv_a_proj_with_mqa")
     down_v, down_k = down.chunk(2)

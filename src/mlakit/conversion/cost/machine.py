@@ -22,15 +22,30 @@ CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """What x86 and ARM call instructions for bfloat16 products with float32 sums."""
 
+VECTOR_SPEED, TILES_SPEED = 2.8, 4.5
+"""``cpu_bfloat16_speed`` with instructions on vectors, which take four times the numbers, less what
+memory takes; and with those on tiles (800 over 160 GFLOP/s on one core of a Xeon)."""
+
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether the processor has such instructions; no where the system does not say."""
+    return bool(BFLOAT16 & _cpu_features())
+
+
+def cpu_bfloat16_speed() -> float:
+    """Products of bfloat16 matrices over those of float32 ones."""
+    if not cpu_multiplies_bfloat16():
+        return 1.0
+    return TILES_SPEED if "amx_bf16" in _cpu_features() else VECTOR_SPEED
+
+
+def _cpu_features() -> set[str]:
     if not CPUINFO.is_file():
-        return False
+        return set()
     lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     named = [line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))]
-    return any(BFLOAT16 & set(line.split()) for line in named)
+    return {name for line in named for name in line.split()}
 
 
 @cache

@@ -81,11 +81,18 @@ def _observing(size: Dimensions, attention: bool) -> Parts:
         parts |= {
             "weights to multiply with": (2 if size.stored else 4) * size.shared,
             "attention of a window": _scores(size, 6),
-            "heads of a window": 4 * 8 * size.query * size.window,
+            "heads of a batch": _heads(size),
             "metric of outputs": _metric(size),
             "held-out windows": 2 * 4 * size.hidden * size.held_out,
         }
     return parts
+
+
+def _heads(size: Dimensions) -> int:
+    """Queries, keys and values of a batch, twice and half of them once more; then those of one
+    window, turned, and repeated for every head."""
+    batch = max(min(BATCH_TOKENS, size.tokens), size.window)
+    return 4 * batch * (2 * size.query + 7 * size.width // 2) + 4 * 5 * size.query * size.window
 
 
 def _metric(size: Dimensions) -> int:

@@ -20,6 +20,7 @@ from mlakit.conversion.cost.dimensions import Dimensions
 from mlakit.conversion.cost.machine import (
     CUDA_FLOPS,
     DISK_BYTES_PER_SECOND,
+    cpu_bfloat16_speed,
     cpu_bytes_per_second,
     cpu_flops,
 )
@@ -27,19 +28,15 @@ from mlakit.conversion.cost.machine import (
 PRODUCTS = 0.83
 """Of the measured speed of one large product, what products get between other work."""
 
-BFLOAT16_SPEED = 2.8
-"""Products with bfloat16 instructions over float32 ones: four times the numbers per instruction,
-less what memory takes."""
-
 FLOAT64_SPEED = 0.4
 """Half the numbers per instruction, and eigenvectors, which are no plain products."""
 
 PASSES = 1 / 6
 """Of the measured speed of an addition, what exponentials, masks and complex numbers get."""
 
-CANDIDATES = 7
+CANDIDATES = 6
 """Rotations that are tried per layer and rotary width: of two schedules, of five shrinkages those
-until the error rises, most often the third or fourth."""
+until the error rises: five to seven were tried of real models' layers."""
 
 KEY_BLOCK = 512
 """Keys that a kernel takes at once, hidden or not: half of them more than a query sees. From 42 to
@@ -85,7 +82,7 @@ def seconds(work: Work, size: Dimensions, device: str) -> float:
         START_SECONDS
         + LAYER_SECONDS * size.layers
         + work.float32 / speed
-        + work.stored / (speed * (BFLOAT16_SPEED if size.stored else 1.0))
+        + work.stored / (speed * (cpu_bfloat16_speed() if size.stored else 1.0))
         + work.float64 / (speed * FLOAT64_SPEED)
         + work.passed / (PASSES * cpu_bytes_per_second())
         + work.written / DISK_BYTES_PER_SECOND
