@@ -159,14 +159,28 @@ def losses(scores: torch.Tensor, windows: torch.Tensor) -> np.ndarray:
     return -scores.gather(2, windows[:, 1:, None]).double().mean((1, 2)).numpy()
 
 
-def measure(case: Case, cell: Cell, goal: dict[str, float], work: Path) -> dict[str, Any]:
-    """Converts and scores; intervals are 95 % bootstraps over windows."""
+def measure(
+    case: Case,
+    cell: Cell,
+    goal: dict[str, float],
+    work: Path,
+    text: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """Converts and scores; intervals are 95 % bootstraps over windows.
+
+    Args:
+        case: the model and its texts.
+        cell: the conversion.
+        goal: its sizes.
+        work: a folder for what is not kept.
+        text: other amounts of calibration text than usual.
+    """
+    usual = {"calibration_tokens": CALIBRATION_TOKENS, "calibration_window": case.windows.shape[1]}
     with tempfile.TemporaryDirectory(dir=work) as folder:
         started = time.perf_counter()
         plan = convert(
-            case.folder, folder, calibration=case.calibration, seed=cell.seed,
-            calibration_tokens=CALIBRATION_TOKENS, calibration_window=case.windows.shape[1],
-            dtype="float32", **goal, **cell.options,
+            case.folder, folder, calibration=case.calibration, seed=cell.seed, dtype="float32",
+            **(text or usual), **goal, **cell.options,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         scores = log_probabilities(Path(folder), case.windows)
