@@ -3,11 +3,11 @@
     python -m benchmarks.conversion_memory
 
 Writes results/conversion_memory.json and docs/conversion_memory.png.
-Checkpoints of random bfloat16 weights, small vocabulary; each conversion is the command itself in
-a process of its own, which samples its own memory. Own pages must be there; pages of mapped files
-(weights, libraries) are the kernel's to drop, so they are told apart. The estimate is that of
-``--dry-run`` just before. With one thread, processor time is what the clock would say on an idle
-machine. Linux only.
+Checkpoints of random bfloat16 weights, a small vocabulary but for one; each conversion is the
+command itself in a process of its own, which samples its own memory. Own pages must be there; pages
+of mapped files (weights, libraries) are the kernel's to drop, so they are told apart. The estimate
+is that of ``--dry-run`` just before. With one thread, processor time is what the clock would say
+on an idle machine. Linux only.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "conversion_memory.json"
 PICTURE = ROOT / "docs" / "conversion_memory.png"
 CASES = {
-    "moderate, closed form": ("moderate", (8, 16, 32), 1024, 512, 0),
-    "moderate, refined": ("moderate", (8, 16, 32), 1024, 512, 2),
-    "moderate, long windows": ("moderate", (4,), 8192, 2048, 0),
-    "moderate, long windows, refined": ("moderate", (4,), 8192, 2048, 2),
-    "llama-3-8b, closed form": ("llama-3-8b", (2, 4), 2048, 512, 0),
-    "llama-3-8b, refined": ("llama-3-8b", (2,), 2048, 512, 2),
-    "llama-3-8b, long windows": ("llama-3-8b", (2,), 4096, 2048, 0),
-    "llama-3-8b, long windows, refined": ("llama-3-8b", (2,), 4096, 2048, 2),
+    "moderate, closed form": ("moderate", (8, 16, 32), 1024, 512, 0, None),
+    "moderate, refined": ("moderate", (8, 16, 32), 1024, 512, 2, None),
+    "moderate, long windows": ("moderate", (4,), 8192, 2048, 0, None),
+    "moderate, long windows, refined": ("moderate", (4,), 8192, 2048, 2, None),
+    "moderate, many words": ("moderate", (2,), 8192, 2048, 0, 131072),
+    "llama-3-8b, closed form": ("llama-3-8b", (2, 4), 2048, 512, 0, None),
+    "llama-3-8b, refined": ("llama-3-8b", (2,), 2048, 512, 2, None),
+    "llama-3-8b, long windows": ("llama-3-8b", (2,), 4096, 2048, 0, None),
+    "llama-3-8b, long windows, refined": ("llama-3-8b", (2,), 4096, 2048, 2, None),
 }
-"""Shape, numbers of layers, calibration tokens and windows, gradient steps per layer."""
+"""Shape, numbers of layers, calibration tokens and windows, gradient steps per layer; how many
+tokens the vocabulary has, if more than the tokenizer."""
 
 
 def child(arguments: list[str]) -> None:
@@ -123,10 +125,10 @@ def run(output: Path, cases: list[str], repeats: int) -> None:
         old = json.loads(output.read_text(encoding="utf-8"))["rows"]
         record["rows"] = [row for row in old if row["case"] not in cases]
     for case in cases:
-        shape, depths, tokens, window, steps = CASES[case]
+        shape, depths, tokens, window, steps, words = CASES[case]
         for layers in depths * repeats:
             with tempfile.TemporaryDirectory() as work:
-                write_checkpoint(Path(work) / "model", shape, layers)
+                write_checkpoint(Path(work) / "model", shape, layers, vocabulary=words)
                 found = measure(Path(work) / "model", Path(work), tokens, window, steps)
             row = {"case": case, "shape": shape, "layers": layers, "tokens": tokens, **found}
             row |= {"window": window, "steps": steps, "environment": environment()}

@@ -44,12 +44,22 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
 def test_the_peak_is_the_largest_sum_of_named_parts(tmp_path: Path) -> None:
     size = sizes(save_tiny(tmp_path))
     phases = footprint(size, survey=True, sensed=True, refined=True)
-    assert set(phases) == {"write", "moments", "choose", "sensitivity", "refine"}
+    assert set(phases) == {"write", "moments", "judge", "choose", "sensitivity", "refine"}
     assert peak(phases) == max(sum(parts.values()) for parts in phases.values())
     assert all(value >= 0 for parts in phases.values() for value in parts.values())
     fewer = footprint(size, survey=True, sensed=False, refined=False)
     assert set(phases) - set(fewer) == {"sensitivity", "refine"}
     assert all(phases[name] == fewer[name] for name in fewer)
+
+
+def test_many_words_cost_little(tmp_path: Path) -> None:
+    """The vocabulary is looked at in slices of so many logits."""
+    size = replace(sizes(save_tiny(tmp_path)), window=2048, tokens=8192, vocabulary=2**13)
+    few, many = (
+        footprint(replace(size, vocabulary=count), survey=True, sensed=True, refined=True)
+        for count in (2**13, 2**17)
+    )
+    assert few == many
 
 
 def test_stored_matrices_are_no_memory_of_ours(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from mlakit.checkpoint import open_checkpoint
+from mlakit.conversion import head as head_module
 from mlakit.conversion.head import Head
 from mlakit.conversion.sensitivity import Sensitivity, importance
 from mlakit.conversion.stream import Activations, LayerReader, Stream
@@ -128,7 +130,10 @@ def test_a_killed_pass_ends_in_the_same_bits(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_divergence_is_that_of_the_logits(tmp_path: Path, family: str) -> None:
+def test_divergence_is_that_of_the_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(head_module, "LOGITS", 32 * 7)  # slices of seven rows, a shorter last one
     folder, windows = save_tiny(tmp_path / "tiny", family), ids(2, 16)
     reader = reader_of(folder)
     stream = Stream(tmp_path, "x", windows, reader, 2)
@@ -146,7 +151,9 @@ def test_divergence_is_that_of_the_logits(tmp_path: Path, family: str) -> None:
         whole = load(folder, dtype=torch.float32)(input_ids=windows).logits
     torch.testing.assert_close(logits[0], whole, rtol=1e-4, atol=1e-4)
     expected = kl_divergence(logits[0].log_softmax(-1), logits[1].log_softmax(-1))
-    torch.testing.assert_close(
-        head.divergence(hidden, other), expected.double(), rtol=1e-4, atol=1e-6
-    )
-    assert float(head.divergence(hidden, hidden).abs().max()) < 1e-12
+    kl, loss = head.compare(hidden, other, windows[:, 1:])
+    torch.testing.assert_close(kl, expected.double(), rtol=1e-4, atol=1e-6)
+    surprise = functional.cross_entropy(logits[0][:, :-1].mT, windows[:, 1:], reduction="none")
+    torch.testing.assert_close(loss, surprise.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.loss(hidden[:, :-1], windows[:, 1:]), loss)
+    assert float(head.compare(hidden, hidden, windows[:, 1:])[0].abs().max()) < 1e-12

@@ -40,8 +40,8 @@ SENSITIVITY_TOKENS = 8192
 SENSITIVITY_BATCH = 1024
 """Tokens that go backwards through a layer together."""
 
-VOCABULARY_SLICE = 8192
-"""Rows of the output matrix that are multiplied at once."""
+LOGITS = 2**21
+"""Logits that are held at once: of so many rows of the output matrix as the tokens allow."""
 
 CHECKS = 20
 """How often a refinement looks at the held-out error; the best state found is kept."""

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from mlakit.conversion.adapt import source_weights
-from mlakit.conversion.amounts import BATCH_TOKENS, VOCABULARY_SLICE
+from mlakit.conversion.amounts import BATCH_TOKENS
 from mlakit.conversion.factor import AttentionWeights, compress_query
+from mlakit.conversion.head import Head
 from mlakit.conversion.observe import hide, query_blocks
 from mlakit.conversion.rotate import Rotation
 from mlakit.conversion.stream import LayerReader, run_layer
@@ -219,18 +220,10 @@ def partial_rope_perplexity(
         model = partial_rope_layer(reader, index, weights, rotation_of(index))
         hidden = list(run_layer(model, hidden, reader.device))
         on_layer()
-    norm, output = reader.head()
-    filled = {**reader.family.defaults, **reader.spec.config}
-    total, count = 0.0, 0
+    head, total = Head(reader), 0.0
     for batch, ids in zip(hidden, windows.split(size), strict=True):
-        for states, tokens in zip(batch, ids, strict=True):  # one window's logits at a time
-            normed = norm(states[:-1].to(reader.device))
-            slices = [normed @ rows.float().mT for rows in output.split(VOCABULARY_SLICE)]
-            logits = torch.cat(slices, 1)
-            logits = reader.family.logits(filled, logits)
-            loss = functional.cross_entropy(logits, tokens[1:].to(reader.device), reduction="sum")
-            total, count = total + float(loss), count + len(tokens) - 1
-    return math.exp(total / count)
+        total += float(head.loss(batch[:, :-1], ids[:, 1:]).sum())
+    return math.exp(total / windows[:, 1:].numel())
 
 
 def _linear(augmented: torch.Tensor) -> nn.Linear:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
-from mlakit.conversion.amounts import VOCABULARY_SLICE
+from mlakit.conversion.amounts import LOGITS
 from mlakit.conversion.stream import LayerReader
 
 
@@ -53,48 +54,71 @@ class Head:
         return hidden.grad
 
     @torch.no_grad()
-    def divergence(self, source: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """``KL(source || other)`` of each token's prediction, nats, ``[...]`` float64.
+    def compare(
+        self, source: torch.Tensor, other: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far each token's prediction is from the source's, and the source's own loss.
 
         Args:
-            source: what the source's last layer gives, ``[..., D]``.
+            source: what the source's last layer gives, ``[..., T, D]``.
             other: the converted model's.
+            targets: the tokens after all but the last of them, ``[..., T - 1]``.
+
+        Returns:
+            ``KL(source || other)``, ``[..., T]``, and ``-log p(target)`` of the source,
+            ``[..., T - 1]``; nats, float64.
         """
-        both = [self.norm(part.to(self.reader.device)) for part in (source, other)]
-        wholes = [self._normaliser(states) for states in both]
-        found = torch.zeros_like(wholes[0])
-        for (_, first, _), (_, second, _) in zip(*map(self._slices, both), strict=True):
-            first, second = (
-                logits.double() - whole[..., None]
-                for logits, whole in zip((first, second), wholes, strict=True)
-            )
-            found += (first.exp() * (first - second)).sum(-1)
-        return found
+        first, second = (self.norm(part.to(self.reader.device)) for part in (source, other))
+        masses, other_masses, gaps = self._per_slice(first, 3)
+        slices = zip(self._slices(first), self._slices(second), strict=True)
+        for index, ((_, logits, _), (_, others, _)) in enumerate(slices):
+            moved, wide = (logits - others).double(), logits.double()
+            masses[index] = mass = wide.logsumexp(-1)
+            gaps[index] = ((wide - mass[..., None]).exp_() * moved).sum(-1)
+            other_masses[index] = others.double().logsumexp(-1)
+        whole = masses.logsumexp(0)
+        kl = ((masses - whole).exp() * gaps).sum(0) - whole + other_masses.logsumexp(0)
+        return kl, whole[..., :-1] - self._right(first[..., :-1, :], targets)
 
     @torch.no_grad()
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """``-log p`` of each token's next token, nats, ``[...]`` float64.
+        """``-log p(target)`` of each token's next token, nats, ``[...]`` float64.
 
         Args:
             hidden: what the last layer gives, ``[..., D]``.
             targets: the next tokens, ``[...]``.
         """
         states = self.norm(hidden.to(self.reader.device))
+        return self._normaliser(states) - self._right(states, targets)
+
+    def _right(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Logits of some tokens, one per state, float64."""
         plain = (states * self.output[targets.to(self.reader.device)]).sum(-1)
-        logits = self.reader.family.logits(self.config, plain)
-        return self._normaliser(states) - logits.double()
+        return self.reader.family.logits(self.config, plain).double()
 
     @torch.no_grad()
     def _normaliser(self, states: torch.Tensor) -> torch.Tensor:
         """``log sum exp`` of the logits, ``[...]`` float64."""
-        parts = [logits.double().logsumexp(-1) for _, logits, _ in self._slices(states)]
-        return torch.stack(parts).logsumexp(0)
+        (masses,) = self._per_slice(states, 1)
+        for index, (_, logits, _) in enumerate(self._slices(states)):
+            masses[index] = logits.double().logsumexp(-1)
+        return masses.logsumexp(0)
+
+    def _rows(self, states: torch.Tensor) -> int:
+        """Rows of the output matrix that are multiplied with these states at once."""
+        return max(1, LOGITS // states[..., 0].numel())
+
+    def _per_slice(self, states: torch.Tensor, count: int) -> torch.Tensor:
+        """Room for numbers of every slice and state, made before the logits: small tensors that
+        stay between large ones that go would leave holes."""
+        slices = math.ceil(len(self.output) / self._rows(states))
+        return states.new_empty(count, slices, *states.shape[:-1], dtype=torch.float64)
 
     def _slices(
         self, states: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Per slice of the vocabulary: its rows, the logits, their slope in ``rows @ states``."""
-        for stored in self.output.split(VOCABULARY_SLICE):
+        for stored in self.output.split(self._rows(states)):
             rows = stored.float()
             plain = (states @ rows.mT).requires_grad_(True)
             with torch.enable_grad():

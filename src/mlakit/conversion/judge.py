@@ -102,7 +102,7 @@ class Judge:
         batches = zip(*(stream.inputs(last).batches(1) for stream in (self.source, self.result)))
         found = []
         for (source, other), ids in zip(batches, self.source.windows.split(1), strict=True):
-            kl, loss = head.divergence(source, other), head.loss(source[:, :-1], ids[:, 1:])
+            kl, loss = head.compare(source, other, ids[:, 1:])
             found.append((float(kl.mean()), float(loss.mean())))
         for stream in (self.source, self.result):
             stream.inputs(last).remove()

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from mlakit.conversion.amounts import (
     BATCH_TOKENS,
+    LOGITS,
     SCORES,
     SENSITIVITY_BATCH,
     STEP_TOKENS,
     TRIAL_BLOCK,
     TRIAL_QUERIES,
-    VOCABULARY_SLICE,
 )
 from mlakit.conversion.cost.dimensions import Dimensions
 
@@ -39,6 +39,7 @@ def footprint(size: Dimensions, *, survey: bool, sensed: bool, refined: bool) ->
     phases = {"write": _writing(size)}
     if size.tokens:
         phases["moments"] = _observing(size, attention=survey)
+        phases["judge"] = _judging(size)
     if survey:
         phases["choose"] = _choosing(size)
     if sensed:
@@ -58,11 +59,16 @@ def _layer(size: Dimensions) -> int:
     return 0 if size.stored else 4 * (size.source + size.block)
 
 
+def _batch(size: Dimensions, tokens: int) -> int:
+    """Tokens that go through a layer together: so many, or one window."""
+    return max(min(tokens, size.tokens), size.window)
+
+
 def _forward(size: Dimensions, tokens: int) -> int:
     """Activations of one batch: states, queries, keys, values; then those of the block."""
     attention = 4 * (5 * size.hidden + 3 * size.query + 2 * size.width)
     block = 4 * 4 * size.hidden + (2 if size.stored else 4) * 3 * size.inner
-    return max(min(tokens, size.tokens), size.window) * max(attention, block)
+    return _batch(size, tokens) * max(attention, block)
 
 
 def _scores(size: Dimensions, copies: int) -> int:
@@ -71,6 +77,7 @@ def _scores(size: Dimensions, copies: int) -> int:
 
 
 def _observing(size: Dimensions, attention: bool) -> Parts:
+    states = (2 if size.stored else 4) * size.hidden * _batch(size, BATCH_TOKENS)
     parts = {
         "layer": _layer(size),
         "float64 weights": 8 * size.source,
@@ -84,6 +91,7 @@ def _observing(size: Dimensions, attention: bool) -> Parts:
             "heads of a batch": _heads(size),
             "metric of outputs": _metric(size),
             "held-out windows": 2 * 4 * size.hidden * size.held_out,
+            "freed and kept": _kept(states) + _kept(4 * size.query * size.window),
         }
     return parts
 
@@ -91,7 +99,7 @@ def _observing(size: Dimensions, attention: bool) -> Parts:
 def _heads(size: Dimensions) -> int:
     """Queries, keys and values of a batch, twice and half of them once more; then those of one
     window, turned, and repeated for every head."""
-    batch = max(min(BATCH_TOKENS, size.tokens), size.window)
+    batch = _batch(size, BATCH_TOKENS)
     return 4 * batch * (2 * size.query + 7 * size.width // 2) + 4 * 5 * size.query * size.window
 
 
@@ -137,14 +145,27 @@ def _choosing(size: Dimensions) -> Parts:
 
 
 def _sensing(size: Dimensions) -> Parts:
-    tokens = max(min(SENSITIVITY_BATCH, size.tokens), size.window)
+    tokens = _batch(size, SENSITIVITY_BATCH)
     saved = 4 * (10 * size.hidden + 4 * size.query + 2 * size.width) + 6 * 2 * size.inner
-    logits = min(VOCABULARY_SLICE, size.vocabulary) * (8 * 4 * tokens + 4 * size.hidden)
     return {
         "layer": _layer(size),
         "saved for the way down": tokens * saved,
         "matrix": (8 + 4 + 4) * size.hidden**2,
-        "slice of the vocabulary": logits,
+        "slice of the vocabulary": _logits(size, tokens, 8 * 4),
+    }
+
+
+def _logits(size: Dimensions, tokens: int, each: int) -> int:
+    """A slice of the vocabulary: its rows in float32, and bytes of each logit of some tokens."""
+    rows = min(max(1, LOGITS // tokens), size.vocabulary)
+    return rows * (each * tokens + 4 * size.hidden)
+
+
+def _judging(size: Dimensions) -> Parts:
+    """The predictions of a held-out window: those of source and result, then float64 numbers."""
+    return {
+        "states": 6 * 4 * size.hidden * size.window,
+        "slice of the vocabulary": _logits(size, size.window, 6 * 4 + 5 * 8),
     }
 
 
@@ -164,7 +185,7 @@ def _refining(size: Dimensions) -> Parts:
         "float64 layer": 8 * (size.target - size.query * size.hidden),
         "converted layer and its best state": 2 * 4 * size.target,
         "gradients and Adam": 3 * 4 * size.target,
-        "saved for the way down": 4 * 3 * size.hidden * tokens + 8 * _turned(size, tokens),
+        "saved for the way down": 4 * 8 * size.hidden * tokens + 8 * _turned(size, tokens),
         "freed and kept": _kept(_turned(size, size.window)),
         "metric of outputs": 3 * 4 * size.hidden**2,
     }

@@ -25,13 +25,13 @@ from mlakit.conversion.cost.machine import (
     cpu_flops,
 )
 
-PRODUCTS = 0.83
+PRODUCTS = 0.92
 """Of the measured speed of one large product, what products get between other work."""
 
 FLOAT64_SPEED = 0.4
 """Half the numbers per instruction, and eigenvectors, which are no plain products."""
 
-PASSES = 1 / 6
+PASSES = 1 / 5.5
 """Of the measured speed of an addition, what exponentials, masks and complex numbers get."""
 
 CANDIDATES = 6
@@ -46,10 +46,10 @@ SCATTERED = 1.7
 """Time of attention of some queries, which takes a mask, over that of all: 55 to 61 GFLOP/s where
 one product has 100."""
 
-LAYER_SECONDS = 0.4
+LAYER_SECONDS = 0.1
 """Building modules and configs of one layer, a few times."""
 
-START_SECONDS = 4.0
+START_SECONDS = 5.0
 """Importing torch and transformers, and cutting the text into tokens."""
 
 
@@ -161,7 +161,7 @@ def sensitivity(size: Dimensions) -> Work:
 def predictions(size: Dimensions) -> Work:
     """The vocabulary, once for all layers: three products per sensed token, two per judged one."""
     tokens = 3 * min(SENSITIVITY_TOKENS, size.tokens - size.held_out) + 2 * size.held_out
-    logits = Work(float32=2 * size.hidden * size.vocabulary, passed=60 * size.vocabulary)
+    logits = Work(float32=2 * size.hidden * size.vocabulary, passed=30 * size.vocabulary)
     return logits.times(tokens)
 
 
