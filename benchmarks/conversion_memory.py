@@ -94,22 +94,24 @@ def draw(rows: list[dict[str, Any]]) -> None:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure, panels = plt.subplots(1, len(shapes), figsize=(3.6 * len(shapes), 3.0), squeeze=False)
     for panel, shape in zip(panels[0], shapes):
+        ticks: set[int] = set()
         for name, colour in (("closed form", "#ee7733"), ("refined", "#cc3311")):
             found = [row for row in rows if row["case"] == f"{shape}, {name}"]
             found.sort(key=lambda row: row["layers"])
             if not found:
                 continue
             layers = [row["layers"] for row in found]
+            ticks |= set(layers)
             for key, style, what in (
                 ("own_peak", "o-", "measured"),
-                ("estimated_memory", "_--", "estimate"),
+                ("estimated_memory", "x--", "estimate"),
             ):
                 sizes = [row[key] / 2**20 for row in found]
-                panel.plot(layers, sizes, style, color=colour, label=f"{name}, {what}")
+                panel.plot(layers, sizes, style, color=colour, ms=7, label=f"{name}, {what}")
         hidden, heads, groups, dim, _ = SHAPES[shape]
         panel.set_title(f"{shape}: D {hidden}, {heads} heads on {groups} x {dim}", fontsize=8)
         panel.set_ylim(0, 1.35 * panel.get_ylim()[1])
-        panel.set_xticks(sorted({row["layers"] for row in rows if row["shape"] == shape}))
+        panel.set_xticks(sorted(ticks))
         panel.set_xlabel("layers")
         panel.grid(axis="y", color="#e6e8ec")
     panels[0][0].set_ylabel("peak memory of the process, MiB")
