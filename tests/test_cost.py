@@ -101,6 +101,14 @@ def test_equal_cache_needs_no_text(tmp_path: Path) -> None:
     assert exact.seconds < planned(tmp_path).estimate.seconds
 
 
+def test_every_way_of_predicting_takes_time(tmp_path: Path) -> None:
+    size = sizes(save_tiny(tmp_path))
+    judged, sensed, tried = (
+        operations.predictions(size, *how).float32 for how in ((False, 0), (True, 0), (False, 3))
+    )
+    assert 0 < judged < min(sensed, tried)
+
+
 def test_the_processor_says_whether_it_multiplies_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,24 +35,23 @@ def forecast_cost(plan: ConversionPlan, model: ModelSpec, device: str) -> Estima
     phases = footprint(size, survey=survey, sensed=sensed, refined=refined)
     new = [tensor for tensor in plan.tensors if not tensor.copied]
     last = sum(tensor.nbytes for tensor in new if tensor.shard == plan.shards)
-    work = Work()
+    work, once = Work(), Work()
     if plan.calibration is None:
         work += operations.equal_cache(size)
     else:
+        folds = 0 if survey else _folds(plan)
+        once += operations.predictions(size, sensed, folds)
         work += operations.writing(size)
         if survey:
             work += operations.survey(size, passes=1 if goal.has("frequencies") else 2)
         else:
-            work += operations.moments(size, folds=_folds(plan))
+            work += operations.moments(size, folds)
         if sensed:
             work += operations.sensitivity(size)
         if refined:
             work += operations.refinement(size, goal.steps)
-    work = work.times(size.layers)
-    if sensed:
-        work += operations.predictions(size)
     disk = plan.nbytes + _work_files(size, survey=survey, sensed=sensed, refined=refined)
-    seconds = operations.seconds(work, size, device)
+    seconds = operations.seconds(work.times(size.layers) + once, size, device)
     return Estimate(max(peak(phases), last), disk, round(seconds, 1))
 
 

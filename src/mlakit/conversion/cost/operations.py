@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from mlakit.conversion.amounts import (
     CHECK_STEPS,
     CHECKS,
-    HELD_OUT,
     SENSITIVITY_TOKENS,
     STEP_TOKENS,
     TRIAL_QUERIES,
@@ -145,7 +144,7 @@ def survey(size: Dimensions, passes: int) -> Work:
 def moments(size: Dimensions, folds: int) -> Work:
     """The published method: two forwards with second moments, and one per fold that is tried."""
     token = forward(size) + Work(float32=2 * (size.hidden + 1) ** 2, written=4 * size.hidden)
-    tried = forward(size).times(folds * size.tokens / HELD_OUT)
+    tried = forward(size).times(folds * size.held_out)
     algebra = Work(float64=9 * size.width**3 + 4 * size.width * (size.hidden + 1) ** 2)
     return token.times(2 * size.tokens) + tried + algebra
 
@@ -158,9 +157,12 @@ def sensitivity(size: Dimensions) -> Work:
     return token.times(tokens)
 
 
-def predictions(size: Dimensions) -> Work:
-    """The vocabulary, once for all layers: three products per sensed token, two per judged one."""
-    tokens = 3 * min(SENSITIVITY_TOKENS, size.tokens - size.held_out) + 2 * size.held_out
+def predictions(size: Dimensions, sensed: bool, folds: int) -> Work:
+    """The vocabulary, once for all layers: three products per sensed token; per held-out one two
+    where it is judged, and one per fold that is tried."""
+    tokens = (2 + folds) * size.held_out
+    if sensed:
+        tokens += 3 * min(SENSITIVITY_TOKENS, size.tokens - size.held_out)
     logits = Work(float32=2 * size.hidden * size.vocabulary, passed=30 * size.vocabulary)
     return logits.times(tokens)
 
